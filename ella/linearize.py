@@ -1,0 +1,301 @@
+"""Jacobian products of a trained model with respect to its weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ella._checks import Inputs, check_inputs, input_tensors, map_inputs
+
+DEFAULT_MEMORY_BUDGET = 2**30
+"""Bytes of working memory that one Jacobian product may take (1 GiB)."""
+
+
+class Linearized:
+    r"""A model f(x; θ) and its Jacobian J(x) = ∂f/∂θ, taken at its present weights.
+
+    The model is evaluated in eval mode (BatchNorm uses its running statistics and γ, β count as
+    weights; dropout is off), and everything about it is put back afterwards, also after an
+    exception. Parameters with `requires_grad=False` are constants. Attention runs on the `MATH`
+    kernel, the one that forward-mode differentiation supports.
+
+    All products work in chunks so that the memory they need beyond their result stays within
+    `memory_budget`, estimated as (bytes that autograd keeps for one example, plus one gradient
+    where one is needed per example) × chunk; a chunk is never smaller than one example or tangent.
+
+    Args:
+        model: Maps x to outputs of shape (n, c), or to an object with such a `.logits`.
+        memory_budget: Bytes of working memory for one product.
+
+    Raises:
+        TypeError: If `model` is not an `nn.Module`.
+        ValueError: If no parameter requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module, *, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+        self.model = model
+        self.memory_budget = memory_budget
+        self._probed: dict[tuple, tuple[int, int]] = {}
+        if not self.parameters():
+            raise ValueError(
+                "`model` has no trainable parameter, so it has no Jacobian. Set requires_grad=True "
+                "on the weights whose uncertainty you want."
+            )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters, by name, sharing memory with the model."""
+        named = self.model.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
+
+    @property
+    def num_parameters(self) -> int:
+        """p, the number of trainable weights."""
+        return sum(p.numel() for p in self.parameters().values())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first trainable parameter."""
+        return next(iter(self.parameters().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first trainable parameter, used for all products."""
+        return next(iter(self.parameters().values())).dtype
+
+    def flat_parameters(self) -> Tensor:
+        """θ, shape (p,): the trainable weights one after the other."""
+        return torch.cat([p.reshape(-1) for p in self.parameters().values()])
+
+    def __call__(self, x: Inputs) -> Tensor:
+        """Outputs f(x) of shape (n, c).
+
+        Raises:
+            TypeError: If the model does not return a tensor of outputs.
+            ValueError: If `x` is bad (`check_inputs`), the outputs are not (n, c), or not finite.
+        """
+        x, n = self._admit(x)
+        with self._evaluation():
+            outputs = self._forward(self.parameters(), x)
+        if outputs.ndim != 2 or len(outputs) != n:
+            raise ValueError(
+                f"`model` must return outputs of shape (n, c) with n = {n}; got "
+                f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module."
+            )
+        if not torch.isfinite(outputs).all():
+            raise ValueError(
+                "`model` returned NaN or infinite logits. Check its weights and the input scale."
+            )
+        return outputs
+
+    def jvp(self, x: Inputs, tangents: Tensor) -> Tensor:
+        r"""Products J(x) v_j with k tangents, which share one primal pass per chunk.
+
+        Args:
+            x: n examples.
+            tangents: Directions v_j in weight space, shape (k, p).
+
+        Returns:
+            Shape (n, c, k).
+        """
+        x, n = self._admit(x)
+        self._check_width("tangents", tangents)
+        parameters = self.parameters()
+        directions = unflatten(tangents, parameters)
+        size, chunk = self._chunks(x, n)
+
+        def products(part: Inputs) -> Tensor:
+            def product(direction: dict[str, Tensor]) -> Tensor:
+                return jvp(lambda p: self._forward(p, part), (parameters,), (direction,))[1]
+
+            return vmap(product, chunk_size=chunk, out_dims=-1)(directions)
+
+        with self._evaluation():
+            return torch.cat([products(take(x, part)) for part in _slices(n, size)])
+
+    def vjp(self, x: Inputs, cotangents: Tensor) -> Tensor:
+        r"""Sums over the examples :math:`\sum_i J(x_i)^\top u_{ij}`, for k cotangents each.
+
+        Args:
+            x: n examples.
+            cotangents: u, shape (n, c, k).
+
+        Returns:
+            Shape (k, p).
+        """
+        x, n = self._admit(x)
+        parameters = self.parameters()
+        size, chunk = self._chunks(x, n)
+        sums = cotangents.new_zeros(cotangents.shape[-1], self.num_parameters)
+        with self._evaluation():
+            for part in _slices(n, size):
+                _, pullback = vjp(lambda p, x=take(x, part): self._forward(p, x), parameters)
+                (gradients,) = vmap(pullback, in_dims=-1, chunk_size=chunk)(cotangents[part])
+                sums += flatten(gradients)
+        return sums
+
+    def row_gradients(self, x: Inputs, outputs: Tensor) -> Tensor:
+        """One row of the Jacobian per example: ∂f(x_i)[outputs_i]/∂θ.
+
+        Args:
+            x: n examples.
+            outputs: The chosen output of each example, shape (n,).
+
+        Returns:
+            Shape (n, p); that is all the memory needed beyond one chunk.
+        """
+        one_hot = nn.functional.one_hot(outputs, self.num_outputs(x)).to(self.dtype)
+        return self._rows(x, one_hot.unsqueeze(1)).squeeze(1)
+
+    def jacobian(self, x: Inputs) -> Tensor:
+        """J(x) of shape (n, c, p): the caller keeps n·c·p small (see `jacobian_chunks`)."""
+        c = self.num_outputs(x)
+        eye = torch.eye(c, dtype=self.dtype, device=self.device)
+        return self._rows(x, eye.expand(num_examples(x), c, c))
+
+    def jacobian_chunks(self, x: Inputs) -> Iterator[tuple[slice, Tensor]]:
+        """Jacobians of as many examples at a time as fit half of the memory budget.
+
+        Yields:
+            The slice of examples and their J, shape (chunk, c, p).
+        """
+        row_bytes = self.num_outputs(x) * self.num_parameters * self.dtype.itemsize
+        size = max(1, self.memory_budget // 2 // row_bytes)
+        for part in _slices(num_examples(x), size):
+            yield part, self.jacobian(take(x, part))
+
+    def kernel_blocks(self, x: Inputs) -> Tensor:
+        """κ(x_i, x_i) = J(x_i) J(x_i)ᵀ, shape (n, c, c), in the memory of one Jacobian chunk."""
+        return torch.cat([jacobian @ jacobian.mT for _, jacobian in self.jacobian_chunks(x)])
+
+    def kernel_diagonal(self, x: Inputs) -> Tensor:
+        """The diagonal of κ(x_i, x_i), shape (n, c), in the memory of one Jacobian chunk."""
+        return torch.cat([jacobian.square().sum(-1) for _, jacobian in self.jacobian_chunks(x)])
+
+    def num_outputs(self, x: Inputs) -> int:
+        """c, the number of outputs for inputs like `x`."""
+        return self._probe(x)[0]
+
+    def _rows(self, x: Inputs, cotangents: Tensor) -> Tensor:
+        """Rows u_ijᵀ J(x_i) for cotangents u of shape (n, m, c); shape (n, m, p)."""
+        x, _ = self._admit(x)
+        parameters = self.parameters()
+        m, row_bytes = cotangents.shape[1], self.num_parameters * self.dtype.itemsize
+        chunk = max(1, self.memory_budget // (m * (2 * self._probe(x)[1] + row_bytes)))
+
+        def rows(cotangent: Tensor, example: Inputs) -> Tensor:
+            def outputs(p: dict[str, Tensor]) -> Tensor:
+                batch = map_inputs(example, lambda tensor: tensor.unsqueeze(0))
+                return self._forward(p, batch).squeeze(0)
+
+            _, pullback = vjp(outputs, parameters)
+            (gradients,) = vmap(pullback)(cotangent)
+            return flatten(gradients)
+
+        with self._evaluation():
+            return vmap(rows, chunk_size=chunk)(cotangents, x)
+
+    def _admit(self, x: Inputs) -> tuple[Inputs, int]:
+        """Check inputs; copy those made in inference mode, which autograd refuses."""
+        n = check_inputs(x, self.device)
+        return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
+
+    def _forward(self, parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
+        """The model as a function of its trainable parameters. Buffers are copies: see class."""
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        state = {**parameters, **buffers}
+        if isinstance(x, Tensor):
+            outputs = functional_call(self.model, state, (x,))
+        elif isinstance(x, Mapping):
+            outputs = functional_call(self.model, state, (), dict(x))
+        else:
+            outputs = functional_call(self.model, state, tuple(x))
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"`model` must return a tensor of outputs, or an object with `.logits`; got "
+                f"{type(outputs).__name__}. Wrap it in a module that returns the logits."
+            )
+        return outputs
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Eval mode, no autograd recording, attention kernels that forward mode supports."""
+        modes = {module: module.training for module in self.model.modules()}
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        self.model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, training in modes.items():
+                module.training = training
+
+    def _chunks(self, x: Inputs, n: int) -> tuple[int, int]:
+        """How many examples, and how many (co)tangents over them, one product may carry."""
+        activations = max(1, self._probe(x)[1])
+        size = min(n, max(1, self.memory_budget // (2 * activations)))
+        return size, max(1, self.memory_budget // (activations * size))
+
+    def _probe(self, x: Inputs) -> tuple[int, int]:
+        """c, and the bytes that autograd keeps for the backward pass of one example."""
+        key = tuple((tuple(t.shape[1:]), t.dtype) for t in input_tensors(x))
+        if key not in self._probed:
+            one, _ = self._admit(take(x, slice(1)))
+            c = self(one).shape[1]
+            parameters = {name: p.requires_grad_() for name, p in self.parameters().items()}
+            weights = {p.data_ptr() for p in parameters.values()}
+            kept: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                if tensor.data_ptr() not in weights:
+                    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+                return tensor
+
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with self._evaluation(), torch.enable_grad(), hooks:
+                self._forward(parameters, one)
+            self._probed[key] = c, sum(kept.values())
+        return self._probed[key]
+
+    def _check_width(self, name: str, tangents: Tensor) -> None:
+        if tangents.ndim != 2 or tangents.shape[1] != self.num_parameters:
+            raise ValueError(
+                f"`{name}` must have shape (k, p) with p = {self.num_parameters}; got "
+                f"{tuple(tangents.shape)}."
+            )
+
+
+def num_examples(x: Inputs) -> int:
+    """n, the length of the first axis of a batch."""
+    return len(input_tensors(x)[0])
+
+
+def take(x: Inputs, part: slice | Tensor) -> Inputs:
+    """Some examples of a batch."""
+    return map_inputs(x, lambda tensor: tensor[part])
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate (k, *shape) tensors into (k, p)."""
+    return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], dim=1)
+
+
+def unflatten(tangents: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views of a (k, p) tensor with the shapes (k, *shape) of the parameters: no copy."""
+    sizes = [p.numel() for p in parameters.values()]
+    parts = tangents.split(sizes, dim=1)
+    return {
+        name: part.reshape(len(part), *p.shape)
+        for (name, p), part in zip(parameters.items(), parts, strict=True)
+    }
