@@ -1,6 +1,6 @@
 """What a user may pass in, and the one sentence said when it is something else."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,31 @@ def map_inputs(x: Inputs, function: Any) -> Inputs:  # noqa: ANN401 - any Tensor
     if isinstance(x, Mapping):
         return {k: function(v) if isinstance(v, Tensor) else v for k, v in x.items()}
     return tuple(function(v) if isinstance(v, Tensor) else v for v in x)
+
+
+def num_examples(x: Inputs) -> int:
+    """n, the length of the first axis of a batch."""
+    return len(input_tensors(x)[0])
+
+
+def take(x: Inputs, part: slice | Tensor) -> Inputs:
+    """Some examples of a batch."""
+    return map_inputs(x, lambda tensor: tensor[part])
+
+
+def concatenate(parts: Sequence[Inputs]) -> Inputs:
+    """Join batches of one structure along the examples."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))  # type: ignore[arg-type]
+    if isinstance(first, Mapping):
+        return {key: torch.cat([part[key] for part in parts]) for key in first}  # type: ignore
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(n)."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def check_inputs(x: Inputs, device: torch.device) -> int:

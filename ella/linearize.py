@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ella._checks import Inputs, check_inputs, input_tensors, map_inputs
+from ella._checks import (
+    Inputs,
+    check_inputs,
+    input_tensors,
+    map_inputs,
+    num_examples,
+    slices,
+    take,
+)
 
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes of working memory that one Jacobian product may take (1 GiB)."""
@@ -43,8 +51,8 @@ class Linearized:
         self._probed: dict[tuple, tuple[int, int]] = {}
         if not self.parameters():
             raise ValueError(
-                "`model` has no trainable parameter, so it has no Jacobian. Set requires_grad=True "
-                "on the weights whose uncertainty you want."
+                "`model` has no trainable parameter, so it has no Jacobian. Set "
+                "requires_grad=True on the weights whose uncertainty you want."
             )
 
     def parameters(self) -> dict[str, Tensor]:
@@ -115,7 +123,7 @@ class Linearized:
             return vmap(product, chunk_size=chunk, out_dims=-1)(directions)
 
         with self._evaluation():
-            return torch.cat([products(take(x, part)) for part in _slices(n, size)])
+            return torch.cat([products(take(x, part)) for part in slices(n, size)])
 
     def vjp(self, x: Inputs, cotangents: Tensor) -> Tensor:
         r"""Sums over the examples :math:`\sum_i J(x_i)^\top u_{ij}`, for k cotangents each.
@@ -132,8 +140,9 @@ class Linearized:
         size, chunk = self._chunks(x, n)
         sums = cotangents.new_zeros(cotangents.shape[-1], self.num_parameters)
         with self._evaluation():
-            for part in _slices(n, size):
-                _, pullback = vjp(lambda p, x=take(x, part): self._forward(p, x), parameters)
+            for part in slices(n, size):
+                inputs = take(x, part)
+                _, pullback, *_ = vjp(lambda p, x=inputs: self._forward(p, x), parameters)
                 (gradients,) = vmap(pullback, in_dims=-1, chunk_size=chunk)(cotangents[part])
                 sums += flatten(gradients)
         return sums
@@ -165,7 +174,7 @@ class Linearized:
         """
         row_bytes = self.num_outputs(x) * self.num_parameters * self.dtype.itemsize
         size = max(1, self.memory_budget // 2 // row_bytes)
-        for part in _slices(num_examples(x), size):
+        for part in slices(num_examples(x), size):
             yield part, self.jacobian(take(x, part))
 
     def kernel_blocks(self, x: Inputs) -> Tensor:
@@ -192,7 +201,7 @@ class Linearized:
                 batch = map_inputs(example, lambda tensor: tensor.unsqueeze(0))
                 return self._forward(p, batch).squeeze(0)
 
-            _, pullback = vjp(outputs, parameters)
+            _, pullback, *_ = vjp(outputs, parameters)
             (gradients,) = vmap(pullback)(cotangent)
             return flatten(gradients)
 
@@ -272,20 +281,6 @@ class Linearized:
             )
 
 
-def num_examples(x: Inputs) -> int:
-    """n, the length of the first axis of a batch."""
-    return len(input_tensors(x)[0])
-
-
-def take(x: Inputs, part: slice | Tensor) -> Inputs:
-    """Some examples of a batch."""
-    return map_inputs(x, lambda tensor: tensor[part])
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
-
-
 def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
     """Concatenate (k, *shape) tensors into (k, p)."""
     return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], dim=1)
@@ -299,3 +294,40 @@ def unflatten(tangents: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, T
         name: part.reshape(len(part), *p.shape)
         for (name, p), part in zip(parameters.items(), parts, strict=True)
     }
+
+
+class NTK:
+    r"""The neural tangent kernel κ(x, x') = J(x) J(x')ᵀ as a kernel operator.
+
+    `apply` costs, in units of one differentiation pass over one example, k for each source and
+    target with products, c with Jacobians; the smaller is taken. Neither forms the kernel matrix.
+    The Jacobians of the targets and of the sources come in chunks within the memory budget.
+    """
+
+    def __init__(self, linearized: Linearized) -> None:
+        self.linearized = linearized
+
+    def apply(self, x: Inputs, sources: Inputs, values: Tensor) -> Tensor:
+        r"""The kernel integral :math:`\frac{1}{m} \sum_j κ(x_i, s_j) v_j`.
+
+        Args:
+            x: n examples.
+            sources: m examples s_j.
+            values: v, shape (m, c, k).
+
+        Returns:
+            Shape (n, c, k).
+        """
+        weights = self.adjoint(sources, values) / len(values)
+        if values.shape[-1] < values.shape[-2]:
+            return self.linearized.jvp(x, weights)
+        return torch.cat([jac @ weights.T for _, jac in self.linearized.jacobian_chunks(x)])
+
+    def adjoint(self, sources: Inputs, values: Tensor) -> Tensor:
+        """Σ_j J(s_j)ᵀ v_j, shape (k, p)."""
+        if values.shape[-1] < values.shape[-2]:
+            return self.linearized.vjp(sources, values)
+        sums = values.new_zeros(values.shape[-1], self.linearized.num_parameters)
+        for part, jacobian in self.linearized.jacobian_chunks(sources):
+            sums += torch.einsum("ncp,nck->kp", jacobian, values[part])
+        return sums

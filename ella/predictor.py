@@ -201,7 +201,7 @@ class Predictor(ABC):
         return Uncertainty(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
 
     def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
-        """The grid of prior precisions for `calibrate`; as δ → ∞ the posterior is the prior κ/δ."""
+        """The grid of prior precisions; as δ → ∞ the posterior variance is the prior's, κ/δ."""
         large = 1e12
         return precision_grid(
             self._gaussian(evaluation, large).variance().double().mean().item() * large

@@ -1,0 +1,12 @@
+"""Baselines behind ELLA's own `fit` / `calibrate` / `predict_proba`; classification only.
+
+Every method is tuned by the same search on the same validation likelihood: laplace-torch's own
+grid search never resets its metric and picks wrong precisions.
+"""
+
+from ella.baselines.kronecker import KroneckerLaplace
+from ella.baselines.last_layer import LastLayerLaplace
+from ella.baselines.nystrom import NystromLaplace
+from ella.baselines.scaling import MAP, TemperatureScaling
+
+__all__ = ["MAP", "KroneckerLaplace", "LastLayerLaplace", "NystromLaplace", "TemperatureScaling"]

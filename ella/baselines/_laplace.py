@@ -1,0 +1,183 @@
+"""Running laplace-torch without letting it touch the user's model or random numbers."""
+
+import importlib
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ella._checks import Inputs, batches, check_class_labels, check_positive
+from ella.linearize import Linearized
+from ella.predictor import Hyperparameters, Predictor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LaplaceBaseline(Predictor):
+    """What the laplace-torch baselines share: one `fit` that assigns only when it succeeded.
+
+    Args:
+        model: Maps x to logits (n, c).
+        prior_precision: δ until `calibrate` chooses one.
+        seed: Seed of everything random.
+        progress: Whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prior_precision: float = 1.0,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        check_positive("prior_precision", prior_precision)
+        super().__init__(model, seed=seed, progress=progress)
+        self.prior_precision = prior_precision
+        self._linearized: Linearized | None = None
+
+    def fit(self, train_loader: Iterable[Any]) -> "Self":
+        """Compute the curvature on the training data; calling it again starts again.
+
+        Raises:
+            ImportError: If laplace-torch or one of its backends is missing.
+            TypeError: If the loader, the labels or the model have the wrong form.
+            ValueError: If a batch, a label or a setting is bad.
+        """
+        require_baselines()
+        linearized = Linearized(self.model)
+        with torch.inference_mode(False):
+            assign = self._fit(linearized, train_loader)
+        assign()
+        self._linearized = linearized
+        self.hyperparameters = Hyperparameters(prior_precision=float(self.prior_precision))
+        self.tuning = None
+        return self
+
+    @abstractmethod
+    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+        """Do all the work; return what stores its result in `self`, which cannot fail."""
+
+    def _checked_batches(
+        self, linearized: Linearized, loader: Iterable[Any], what: str
+    ) -> Iterator[tuple[Inputs, Tensor]]:
+        """Batches whose labels are checked against the number of outputs."""
+        for x, y in self._progress_over(batches(loader, self._device), what):
+            check_class_labels(y, linearized.num_outputs(x))
+            yield x, y
+
+    def _fitted_model(self) -> Linearized:
+        self._require_fitted()
+        assert self._linearized is not None
+        return self._linearized
+
+
+class Batches:
+    """A loader in the form laplace-torch wants: re-iterable, with `len(loader.dataset)`.
+
+    Args:
+        make: Returns a new iterator over (x, y).
+        num_examples: How many examples it yields in total; laplace-torch scales by it.
+    """
+
+    def __init__(
+        self, make: Callable[[], Iterable[tuple[Tensor, Tensor]]], num_examples: int
+    ) -> None:
+        self.make = make
+        self.dataset = range(num_examples)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.make())
+
+
+def require_baselines() -> None:
+    """Raise an `ImportError` that says what to install unless laplace-torch can be imported."""
+    try:
+        for name in ("laplace", "backpack", "curvlinops"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"The Laplace baselines need laplace-torch and its backends ({error}): "
+            f'pip install "ella[baselines]".'
+        ) from error
+
+
+def fit_laplace(
+    model: nn.Module,
+    loader: Any,  # noqa: ANN401 - Batches or DataLoader
+    *,
+    backend: str,
+    rng_seed: int,
+    **settings: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401 - one of laplace-torch's classes
+    """Fit laplace-torch at δ = 1. `model` must be a copy: it is changed.
+
+    Args:
+        model: A copy of the user's model, or of a part of it.
+        loader: Training data.
+        backend: Name in `laplace.curvature`.
+        rng_seed: Seed of the global random numbers that laplace-torch may use.
+        settings: Passed on to `laplace.Laplace`.
+    """
+    from laplace import Laplace, curvature
+
+    with isolated(rng_seed), warnings.catch_warnings():
+        # BackPACK's hooks sit on a layer whose inputs are data.
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        laplace: Any = Laplace(
+            model, "classification", backend=getattr(curvature, backend), **settings
+        )
+        laplace.fit(loader)
+    return laplace
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Autograd on, the global random state forked and seeded, and no way to end the process.
+
+    Raises:
+        RuntimeError: If laplace-torch, whose `symeig` calls `exit()`, gives up.
+    """
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            torch.manual_seed(seed)
+            yield
+    except SystemExit as error:
+        raise RuntimeError(
+            "laplace-torch could not eigendecompose the curvature. Check the model's weights for "
+            "extreme values, or convert it with model.double()."
+        ) from error
+
+
+def require_full_precision(linearized: Linearized) -> None:
+    """Raise a `TypeError` for half precision, which eigendecompositions do not support."""
+    if linearized.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"This baseline needs a float32 or float64 model; got {linearized.dtype}. Convert it "
+            f"with model.float()."
+        )
+
+
+def require_tensor(x: Inputs) -> Tensor:
+    """`x` if it is one tensor, all that laplace-torch takes here."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"This baseline needs inputs that are one tensor; got {type(x).__name__}. "
+            f"LastLayerLaplace takes tuples and mappings."
+        )
+    return x
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors hold."""
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,131 @@
+"""The classifier itself, and the classifier with one temperature: no posterior at all."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ella._checks import Inputs, batches, check_class_labels, check_inputs
+from ella.predictive import LogitGaussian
+from ella.predictor import Hyperparameters, Predictor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _Deterministic(Predictor):
+    """A Gaussian over logits with no variance."""
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, progress: bool = True) -> None:
+        super().__init__(model, seed=seed, progress=progress)
+
+    def fit(self, train_loader: Iterable[Any]) -> "Self":
+        """Check the first batch and the model's outputs for it; nothing is learned.
+
+        Raises:
+            TypeError: If the loader, the labels or the model's outputs have the wrong form.
+            ValueError: If the first batch is bad.
+        """
+        x, y = next(batches(train_loader, self._device))
+        logits = evaluate(self.model, x)
+        assert y is not None
+        check_class_labels(y, logits.shape[1])
+        self.hyperparameters = Hyperparameters(prior_precision=1.0)
+        self.tuning = None
+        return self
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes beyond the model: 0."""
+        return 0
+
+    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
+        return (evaluate(self.model, x),)
+
+    def _gaussian(
+        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
+    ) -> LogitGaussian:
+        (logits,) = evaluation
+        assert logits is not None
+        return LogitGaussian(logits, logits.new_zeros(*logits.shape, 0))
+
+    def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
+        return []
+
+
+class MAP(_Deterministic):
+    """The trained classifier as it is: softmax of its logits.
+
+    Args:
+        model: Maps x to logits (n, c).
+        seed: Not used; every method has one.
+        progress: Whether to show progress bars.
+    """
+
+    def calibrate(
+        self, val_loader: Iterable[Any], *, link: str = "mc", n_samples: int = 64
+    ) -> "Self":
+        """Do nothing: a MAP has nothing to choose. The data are not read.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        self._require_fitted()
+        return self
+
+
+class TemperatureScaling(_Deterministic):
+    """softmax(f(x) / τ), with τ chosen by `calibrate`; until then τ = 1, the MAP.
+
+    Reference: On Calibration of Modern Neural Networks (Guo et al., 2017),
+    https://arxiv.org/abs/1706.04599
+
+    Args:
+        model: Maps x to logits (n, c).
+        seed: Not used; every method has one.
+        progress: Whether to show progress bars.
+    """
+
+
+def evaluate(model: nn.Module, x: Inputs) -> Tensor:
+    """Logits f(x) of shape (n, c), in eval mode; works without trainable weights, too.
+
+    Raises:
+        TypeError: If the model does not return a tensor or an object with `.logits`.
+        ValueError: If the outputs are not (n, c), or not finite.
+    """
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    n = check_inputs(x, device)
+    with _eval_mode(model), torch.no_grad():
+        if isinstance(x, Tensor):
+            outputs = model(x)
+        elif isinstance(x, Mapping):
+            outputs = model(**x)
+        else:
+            outputs = model(*x)
+    outputs = getattr(outputs, "logits", outputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"`model` must return a tensor of logits, or an object with `.logits`; got "
+            f"{type(outputs).__name__}."
+        )
+    if outputs.ndim != 2 or len(outputs) != n:
+        raise ValueError(
+            f"`model` must return logits of shape (n, c) with n = {n}; got {tuple(outputs.shape)}."
+        )
+    if not torch.isfinite(outputs).all():
+        raise ValueError("`model` returned NaN or infinite logits. Check its weights and inputs.")
+    return outputs
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

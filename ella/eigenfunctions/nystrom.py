@@ -1,0 +1,157 @@
+"""Nyström eigenfunctions: exact Jacobian products with k fixed directions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ella._checks import Inputs, batches, check_choice, num_examples, take
+from ella.eigenfunctions.base import RESIDUALS, Features
+from ella.linearize import Linearized
+from ella.spectral.nystrom import leading_eigenpairs
+
+OUTPUTS = ("random", "all")
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    r"""Eigenfunctions from m sampled rows of the Jacobian.
+
+    With J_m ∈ R^{m×p} the sampled rows and :math:`J_m J_m^\top = U Λ U^\top`, the directions are
+    :math:`v_j = J_m^\top u_j / \sqrt{λ_j}` (orthonormal) and φ(x) = J(x)V. A prediction costs k
+    Jacobian-vector products (or c row gradients), the state k·p numbers. Memory while fitting:
+    m·p numbers in the model's dtype, plus one chunk.
+
+    Attributes:
+        rank: k.
+        subsample: Number of examples that rows are taken from (fewer if the loader has fewer).
+        outputs: "random" takes one random output of each example, as the authors do; "all" takes
+            all c, so that m = c·subsample and the rank can reach rank(J).
+
+    Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
+    (Deng et al., 2022), https://arxiv.org/abs/2210.12642
+    """
+
+    rank: int = 20
+    subsample: int = 2000
+    outputs: str = "random"
+
+    def __post_init__(self) -> None:
+        check_choice("outputs", self.outputs, OUTPUTS)
+        if self.rank < 1 or self.subsample < 1:
+            raise ValueError(
+                f"`rank` and `subsample` must be at least 1; got {self.rank}, {self.subsample}."
+            )
+
+    def fit(
+        self,
+        linearized: Linearized,
+        loader: Iterable[Any],
+        *,
+        residual: str,
+        seed: int,
+        progress: bool,
+    ) -> "JacobianProjection":
+        """See `EigenfunctionMethod.fit`. The first `subsample` examples of the loader are used.
+
+        Raises:
+            ValueError: If the rows span fewer than `rank` directions, or m·p numbers exceed 16
+                times the memory budget.
+        """
+        rows = self._sample_rows(linearized, loader, seed, progress)
+        values, vectors = leading_eigenpairs(_gram(rows), self.rank)
+        directions = (vectors / values.sqrt()).T.to(rows) @ rows
+        return JacobianProjection(linearized, directions, residual)
+
+    def restore(
+        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+    ) -> "JacobianProjection":
+        """See `EigenfunctionMethod.restore`."""
+        return JacobianProjection(linearized, tensors["directions"], settings["residual"])
+
+    def _sample_rows(
+        self, linearized: Linearized, loader: Iterable[Any], seed: int, progress: bool
+    ) -> Tensor:
+        """J_m, shape (m, p)."""
+        generator = torch.Generator().manual_seed(seed)
+        rows: list[Tensor] = []
+        seen = 0
+        bar = tqdm(total=self.subsample, desc="row gradients", disable=not progress, leave=False)
+        for x, _ in batches(loader, linearized.device):
+            n = min(num_examples(x), self.subsample - seen)
+            c = linearized.num_outputs(x)
+            self._check_memory(linearized, (seen + n) * (c if self.outputs == "all" else 1))
+            part = take(x, slice(n))
+            if self.outputs == "all":
+                rows.append(linearized.jacobian(part).flatten(0, 1))
+            else:
+                chosen = torch.randint(c, (n,), generator=generator).to(linearized.device)
+                rows.append(linearized.row_gradients(part, chosen))
+            bar.update(n)
+            if (seen := seen + n) >= self.subsample:
+                break
+        bar.close()
+        return torch.cat(rows)
+
+    @staticmethod
+    def _check_memory(linearized: Linearized, m: int) -> None:
+        needed = m * linearized.num_parameters * linearized.dtype.itemsize
+        if needed > 16 * linearized.memory_budget:
+            raise ValueError(
+                f"Nystrom would keep {m} rows of {linearized.num_parameters} weights, "
+                f"{needed / 2**30:.1f} GiB, over 16 times the memory budget. Lower `subsample`, "
+                f"or use NeuralEF, whose state does not grow with the weights."
+            )
+
+
+class JacobianProjection:
+    """φ(x) = J(x)V for orthonormal directions V, and the exact residual J(I − VVᵀ)Jᵀ.
+
+    Args:
+        linearized: The model.
+        directions: Vᵀ, shape (k, p), orthonormal rows.
+        residual: "diag", "exact" or "none".
+    """
+
+    def __init__(self, linearized: Linearized, directions: Tensor, residual: str) -> None:
+        check_choice("residual", residual, RESIDUALS)
+        self.linearized = linearized
+        self.directions = directions
+        self.residual = residual
+
+    def __call__(self, x: Inputs) -> Features:
+        """Evaluate at n inputs; Jacobians come in chunks within the memory budget."""
+        logits = self.linearized(x)
+        k, c = len(self.directions), logits.shape[1]
+        if self.residual == "none" and k < c:
+            return Features(logits, self.linearized.jvp(x, self.directions), None)
+        phis, residuals = [], []
+        for _, jacobian in self.linearized.jacobian_chunks(x):
+            phi = jacobian @ self.directions.T
+            phis.append(phi)
+            if self.residual == "diag":
+                outside = jacobian.square().sum(-1) - phi.square().sum(-1)
+                residuals.append(outside.clamp_min(0))
+            elif self.residual == "exact":
+                residuals.append(jacobian @ jacobian.mT - phi @ phi.mT)
+        return Features(logits, torch.cat(phis), torch.cat(residuals) if residuals else None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Eigenfunctions.tensors`."""
+        return {"directions": self.directions}
+
+    def settings(self) -> dict[str, Any]:
+        """See `Eigenfunctions.settings`."""
+        return {"residual": self.residual}
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """J_m J_mᵀ in float64, by blocks of weights, so that no second copy of the rows exists."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for block in rows.split(max(1, 2**24 // len(rows)), dim=1):
+        wide = block.double()
+        gram += wide @ wide.T
+    return gram

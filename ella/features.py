@@ -1,0 +1,156 @@
+"""Frozen features of a classifier, read off during its own forward pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ella._checks import Inputs, take
+from ella.linearize import Linearized
+
+MAX_WIDTH = 2048
+"""Vector activations wider than this are not tapped."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where activations are read.
+
+    Attributes:
+        module: Name of the module in `model.named_modules()`.
+        side: Its "input" or its "output".
+        channels_first: Whether axis 1 holds the channels; else the last axis does.
+    """
+
+    module: str
+    side: str
+    channels_first: bool
+
+    def pool(self, activation: Tensor) -> Tensor:
+        """Means and standard deviations over the positions, or the vector itself: (n, d).
+
+        The means of an image activation are taken in each quarter: where something is matters.
+        """
+        if activation.ndim == 2:
+            return activation
+        channels = activation if self.channels_first else activation.movedim(-1, 1)
+        spread = channels.flatten(2).std(-1, correction=0)
+        if channels.ndim == 4 and min(channels.shape[2:]) > 1:
+            means = nn.functional.adaptive_avg_pool2d(channels, 2).flatten(1)
+        else:
+            means = channels.flatten(2).mean(-1)
+        return torch.cat([means, spread], dim=1)
+
+
+class FeatureTaps:
+    """Logits and pooled activations of several depths, from one forward pass.
+
+    Args:
+        linearized: The model.
+        taps: Where to read; `choose_taps` finds places for any model.
+    """
+
+    def __init__(self, linearized: Linearized, taps: list[Tap]) -> None:
+        self.linearized = linearized
+        self.taps = taps
+
+    def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Logits (n, c) and features (n, d): every tap, then the logits."""
+        pooled: dict[int, Tensor] = {}
+        modules = dict(self.linearized.model.named_modules())
+
+        def reader(index: int, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+            def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+                # Pooled at once: a later in-place operation may overwrite the activation.
+                pooled[index] = tap.pool(_tensor(args if tap.side == "input" else output))
+
+            return read
+
+        readers = [(modules[t.module], reader(i, t)) for i, t in enumerate(self.taps)]
+        with hooked(readers):
+            logits = self.linearized(x)
+        return logits, torch.cat([*(pooled[i] for i in range(len(self.taps))), logits], dim=1)
+
+
+@contextmanager
+def hooked(readers: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Forward hooks that are gone afterwards, also after an exception."""
+    handles = [module.register_forward_hook(reader) for module, reader in readers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap]:
+    """Places that describe what the classifier sees at several depths.
+
+    Activations are grouped into stages, runs of one shape, and the last one of each stage is
+    taken, the latest `most` stages; a model with few stages (a transformer, an MLP) adds one in
+    the middle of each. The input of the last linear layer, the penultimate features, comes last.
+
+    Args:
+        linearized: The model.
+        x: Any inputs; one example is run.
+        most: Upper limit of the number of stages.
+    """
+    model = linearized.model
+    names = {module: name for name, module in model.named_modules()}
+    seen: list[tuple[str, torch.Size]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        if module is model or not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        if output.ndim == 2 or (output.ndim > 2 and output.shape[2:].numel() > 1):
+            seen.append((names[module], output.shape[1:]))
+
+    with hooked([(module, note) for module in model.modules()]):
+        logits = linearized(take(x, slice(1)))
+    runs: list[list[str]] = []
+    previous = None
+    for name, shape in seen:
+        if shape == logits.shape[1:] or (len(shape) == 1 and shape[0] > MAX_WIDTH):
+            continue
+        if shape != previous:
+            runs.append([])
+        runs[-1].append(name)
+        previous = shape
+    chosen = [run[-1] for run in runs[-most:]]
+    if len(runs) < 3:
+        chosen = [name for run in runs for name in (run[len(run) // 2], run[-1])]
+    first = not _channels_last(model)
+    taps = [Tap(name, "output", first) for name in dict.fromkeys(chosen)]
+    last = last_linear(linearized, x)
+    return [*taps, Tap(last, "input", first)] if last is not None else taps
+
+
+def last_linear(linearized: Linearized, x: Inputs) -> str | None:
+    """Name of the linear layer whose output is the logits; None if there is none."""
+    named = linearized.model.named_modules()
+    names: dict[nn.Module, str] = {m: name for name, m in named if isinstance(m, nn.Linear)}
+    outputs: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        outputs[names[module]] = output.detach().clone()
+
+    with hooked([(module, note) for module in names]):
+        logits = linearized(take(x, slice(1)))
+    for name, output in reversed(outputs.items()):
+        if output.shape == logits.shape and torch.equal(output, logits):
+            return name
+    return None
+
+
+def _channels_last(model: nn.Module) -> bool:
+    """Whether activations are (n, positions, channels), as in transformers."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    blocks = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, *convolutions))]
+    return not blocks or isinstance(blocks[-1], nn.LayerNorm)
+
+
+def _tensor(value: Any) -> Tensor:  # noqa: ANN401
+    return value[0] if isinstance(value, tuple) else value
