@@ -16,6 +16,10 @@ from torch import Tensor
 from ella.predictive import Link, LogitGaussian
 
 
+REACH = math.log(30.0)
+"""How far T and the output scale may move from 1 (from σ²), in the log."""
+
+
 class Score(Protocol):
     """Validation negative log-likelihood of a Gaussian over outputs, in nats per example."""
 
@@ -129,7 +133,7 @@ def search(
             "The validation NLL of the model itself is not finite. Check its outputs."
         )
     (scale,), scaled_nll = _compass(
-        lambda logs: score(plain, 0.0, math.exp(logs[0])), (math.log(initial_scale),)
+        lambda logs: score(plain, 0.0, math.exp(logs[0])), *[(math.log(initial_scale),)] * 2
     )
     best = min(
         (map_nll, largest, 0.0, initial_scale),
@@ -141,13 +145,14 @@ def search(
     def optimise_at(precision: float, start: tuple[float, ...]) -> tuple[float, ...]:
         gaussian = gaussian_at(precision)
         logs, nll = _compass(
-            lambda logs: score(gaussian, math.exp(logs[0]), math.exp(logs[1])), start
+            lambda logs: score(gaussian, math.exp(logs[0]), math.exp(logs[1])), start, origin
         )
         found[precision] = (nll, logs)
         return logs
 
+    origin = (0.0, math.log(initial_scale))
     if precisions:
-        start: tuple[float, ...] = (0.0, math.log(initial_scale))
+        start: tuple[float, ...] = origin
         for precision in reversed(precisions):  # from nearly the MAP towards a wide posterior
             start = optimise_at(precision, start)
         centre = min(found, key=lambda precision: found[precision][0])
@@ -171,12 +176,17 @@ def search(
 
 
 def _compass(
-    function: Callable[[tuple[float, ...]], float], start: tuple[float, ...]
+    function: Callable[[tuple[float, ...]], float],
+    start: tuple[float, ...],
+    origin: tuple[float, ...],
 ) -> tuple[tuple[float, ...], float]:
-    """Minimise by compass search: try ± each axis, move to the best, else halve the step."""
+    """Minimise by compass search: try ± each axis, move to the best, else halve the step.
+
+    The point stays within `REACH` of `origin` along each axis.
+    """
     point, value, step = start, function(start), 1.0
     while step > 0.02:
-        neighbours = [(function(p), p) for p in _neighbours(point, step)]
+        neighbours = [(function(p), p) for p in _neighbours(point, origin, step)]
         best_value, best_point = min(neighbours)
         if best_value < value - 1e-7:
             point, value = best_point, best_value
@@ -185,8 +195,11 @@ def _compass(
     return point, value
 
 
-def _neighbours(point: tuple[float, ...], step: float) -> Iterator[tuple[float, ...]]:
+def _neighbours(
+    point: tuple[float, ...], origin: tuple[float, ...], step: float
+) -> Iterator[tuple[float, ...]]:
     for axis, sign in product(range(len(point)), (-1, 1)):
-        # exp(±12) is far outside any useful temperature: a floor for flat scores.
-        moved = min(max(point[axis] + sign * step, -12.0), 12.0)
+        # When a small validation set is classified without error, the score has no minimum: stop
+        # where no useful temperature lies.
+        moved = min(max(point[axis] + sign * step, origin[axis] - REACH), origin[axis] + REACH)
         yield (*point[:axis], moved, *point[axis + 1 :])

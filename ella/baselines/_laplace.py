@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ella._checks import Inputs, batches, check_class_labels, check_positive
-from ella.linearize import Linearized
+from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictor import Hyperparameters, Predictor
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class LaplaceBaseline(Predictor):
     Args:
         model: Maps x to logits (n, c).
         prior_precision: δ until `calibrate` chooses one.
+        memory_budget: Bytes of working memory for Jacobian products.
         seed: Seed of everything random.
         progress: Whether to show progress bars.
     """
@@ -33,12 +34,14 @@ class LaplaceBaseline(Predictor):
         model: nn.Module,
         *,
         prior_precision: float = 1.0,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         check_positive("prior_precision", prior_precision)
         super().__init__(model, seed=seed, progress=progress)
         self.prior_precision = prior_precision
+        self.memory_budget = memory_budget
         self._linearized: Linearized | None = None
 
     def fit(self, train_loader: Iterable[Any]) -> "Self":
@@ -50,7 +53,7 @@ class LaplaceBaseline(Predictor):
             ValueError: If a batch, a label or a setting is bad.
         """
         require_baselines()
-        linearized = Linearized(self.model)
+        linearized = Linearized(self.model, memory_budget=self.memory_budget)
         with torch.inference_mode(False):
             assign = self._fit(linearized, train_loader)
         assign()

@@ -64,8 +64,13 @@ class KroneckerLaplace(LaplaceBaseline):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        super().__init__(model, prior_precision=prior_precision, seed=seed, progress=progress)
-        self.memory_budget = memory_budget
+        super().__init__(
+            model,
+            prior_precision=prior_precision,
+            memory_budget=memory_budget,
+            seed=seed,
+            progress=progress,
+        )
         self._blocks: list[_Block] = []
         self._grid: list[float] = []
         self._asked: list[float] | None = None
@@ -82,7 +87,6 @@ class KroneckerLaplace(LaplaceBaseline):
                 "KroneckerLaplace goes through the training data twice; pass a DataLoader or a "
                 "list of batches instead of an iterator."
             )
-        linearized = Linearized(self.model, memory_budget=self.memory_budget)
         first, num_examples = None, 0
         for x, y in self._checked_batches(linearized, loader, "check"):
             first = require_tensor(x) if first is None else first

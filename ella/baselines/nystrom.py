@@ -60,10 +60,15 @@ class NystromLaplace(LaplaceBaseline):
             raise ValueError(
                 f"`rank` must lie in 1..subsample; got rank={rank}, subsample={subsample}."
             )
-        super().__init__(model, prior_precision=prior_precision, seed=seed, progress=progress)
+        super().__init__(
+            model,
+            prior_precision=prior_precision,
+            memory_budget=memory_budget,
+            seed=seed,
+            progress=progress,
+        )
         self.rank = rank
         self.subsample = subsample
-        self.memory_budget = memory_budget
         self._directions: Tensor | None = None
         self._values: Tensor | None = None
 

@@ -1,0 +1,467 @@
+"""Data sets of the experiments: splits drawn by a seed, out-of-distribution inputs, corruptions.
+
+`load_task("digits", None, seed=0)` needs no download. The others are read from the folder `root`
+(default: the environment variable ELLA_DATA):
+
+    <root>/cifar10/data_batch_{1..5}.webp, test_batch.webp, labels.npz   mosaics of 32x32 tiles;
+                        without them torchvision's CIFAR10(root, download=True) is used
+    <root>/ood/cifar100_5000.webp, tinyimagenet_val_5000_32x32.webp      mosaics
+    <root>/{FashionMNIST,MNIST}/raw/*.gz                                 as torchvision leaves them
+"""
+
+import gzip
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from torchvision import datasets as tv
+
+DATASETS = ("digits", "fashionmnist", "mnist", "cifar10")
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+TILE = 32
+TILES_PER_ROW = 100
+
+# Strengths of severities 1 to 5 in the 32-pixel set of Hendrycks & Dietterich, Benchmarking
+# Neural Network Robustness to Common Corruptions and Perturbations (2019),
+# https://arxiv.org/abs/1903.12261. Call the result "regenerated corruptions", not CIFAR-10-C.
+CORRUPTIONS = {
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+    "shot_noise": (500, 250, 100, 75, 50),
+    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
+    "speckle_noise": (0.06, 0.10, 0.12, 0.16, 0.20),
+    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
+    "brightness": (0.05, 0.10, 0.15, 0.20, 0.30),
+    "contrast": (0.75, 0.50, 0.40, 0.30, 0.15),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification problem, with inputs normalized and on the CPU.
+
+    Attributes:
+        name: One of `DATASETS`.
+        train: Training images and labels.
+        val: Held-out images and labels, for calibration.
+        test: Images and labels that only the final numbers see.
+        ood: Out-of-distribution images, shape (n, *input_shape), by the name of their source.
+        num_classes: c.
+        input_shape: (channels, height, width).
+        mean: Mean of each channel that was subtracted, in units of [0, 1] images.
+        std: Standard deviation of each channel that was divided by.
+    """
+
+    name: str
+    train: TensorDataset
+    val: TensorDataset
+    test: TensorDataset
+    ood: dict[str, Tensor]
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def corrupted_test(self, kind: str, severity: int, seed: int = 0) -> TensorDataset:
+        """The test set after `corrupt`, normalized again.
+
+        Args:
+            kind: A key of `CORRUPTIONS`.
+            severity: 1 (mild) to 5 (strong).
+            seed: Seed of the noise.
+
+        Returns:
+            The corrupted images and the unchanged labels, in the order of `test`.
+        """
+        images, labels = self.test.tensors
+        clean = _denormalize(images, self.mean, self.std).clamp(0, 1)
+        noisy = corrupt(clean, kind, severity, seed)
+        return TensorDataset(normalize(noisy, self.mean, self.std), labels)
+
+
+def load_task(
+    dataset: str = "digits",
+    root: str | Path | None = None,
+    seed: int = 0,
+    *,
+    num_train: int | None = None,
+    num_val: int | None = None,
+    num_test: int | None = None,
+) -> Task:
+    """A data set split by `seed`, with the out-of-distribution inputs that belong to it.
+
+    | dataset | train | val | test | out of distribution |
+    | --- | --- | --- | --- | --- |
+    | digits | 80 | 300 | rest (1,063) | digits 8-9 (the task is 0-7) |
+    | fashionmnist | 5,000 | 2,000 | 8,000 | MNIST |
+    | mnist | 5,000 | 2,000 | 8,000 | FashionMNIST |
+    | cifar10 | 50,000 | 2,000 | 8,000 | CIFAR-100, TinyImageNet |
+
+    Digits are split by class; their training set is small on purpose, so that a network fitted to
+    it is over-confident. Elsewhere val and test divide the official test set.
+
+    Args:
+        dataset: One of `DATASETS`.
+        root: Folder of the data; default the environment variable ELLA_DATA. Unused for digits.
+        seed: Decides which examples go where.
+        num_train: Training examples, if not as in the table.
+        num_val: Validation examples, if not as in the table.
+        num_test: Test examples, if not all that remain.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: For an unknown data set or sizes beyond what it holds.
+        FileNotFoundError: If files are missing.
+    """
+    for name, size in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` must be at least 1, or None for the default; got {size}.")
+    generator = torch.Generator().manual_seed(seed)
+    if dataset == "digits":
+        return _digits_task(generator, num_train or 80, num_val or 300, num_test)
+    if dataset in ("fashionmnist", "mnist"):
+        sizes = (num_train or 5000, num_val or 2000, num_test)
+        return _idx_task(dataset, data_root(root), generator, sizes)
+    if dataset == "cifar10":
+        return _cifar_task(data_root(root), generator, (num_train, num_val or 2000, num_test))
+    raise ValueError(f"`dataset` must be one of {DATASETS}; got {dataset!r}.")
+
+
+def data_root(root: str | Path | None) -> Path:
+    """The folder of the data: `root`, else the environment variable ELLA_DATA.
+
+    Raises:
+        FileNotFoundError: If neither is given or the folder does not exist.
+    """
+    chosen = root or os.environ.get("ELLA_DATA")
+    if not chosen:
+        raise _missing("a data folder", "no folder was given")
+    if not Path(chosen).is_dir():
+        raise _missing(f"the data folder {chosen}", "it does not exist")
+    return Path(chosen)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images as float32 in [0, 1], from uint8 or from floats already there.
+
+    Raises:
+        ValueError: If float images leave [0, 1], as normalized ones do.
+    """
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    low, high = images.min().item(), images.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"`images` must be uint8 or floats in [0, 1]; got floats in [{low:.3g}, {high:.3g}]. "
+            "Corrupt before normalizing."
+        )
+    return images.float()
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images − mean) / std per channel, of uint8 or [0, 1] images of shape (n, channels, h, w).
+
+    Args:
+        images: As `to_unit` takes.
+        mean: One number a channel, in units of [0, 1] images.
+        std: One number a channel.
+
+    Returns:
+        Float32 images of the same shape.
+    """
+    shape = (len(mean), 1, 1)
+    return (to_unit(images) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def corrupt(images: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
+    """Corrupt images as in the common-corruptions benchmark, at its strengths for 32 pixels.
+
+    Args:
+        images: Images of shape (n, channels, h, w), uint8 or floats in [0, 1].
+        kind: A key of `CORRUPTIONS`.
+        severity: 1 (mild) to 5 (strong).
+        seed: Seed of the noise; one seed gives the same draws at every severity of additive noise.
+
+    Returns:
+        Float32 images in [0, 1], not rounded to 8 bits.
+
+    Raises:
+        ValueError: For an unknown kind or severity.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"`kind` must be one of {tuple(CORRUPTIONS)}; got {kind!r}.")
+    if severity not in range(1, 6):
+        raise ValueError(f"`severity` must be 1, 2, 3, 4 or 5; got {severity!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    strength = CORRUPTIONS[kind][severity - 1]
+    return _CORRUPT[kind](to_unit(images), strength, generator).clamp(0, 1)
+
+
+def load_idx(path: Path) -> Tensor:
+    """A gzipped idx file of bytes as a uint8 tensor (cached; do not write to it).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not an idx file of bytes.
+    """
+    if not path.is_file():
+        raise _missing(str(path), "it does not exist")
+    return _decode_idx(path)
+
+
+def load_mosaic(path: Path) -> Tensor:
+    """The 32x32 tiles of a mosaic, 100 a row, shape (n, 3, 32, 32), uint8 (cached).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the picture does not divide into tiles.
+    """
+    if not path.is_file():
+        raise _missing(str(path), "it does not exist")
+    return _decode_mosaic(path)
+
+
+def _missing(what: str, why: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"Cannot read {what}: {why}. Point --root (or the environment variable ELLA_DATA) at the "
+        "folder that holds cifar10/, ood/, FashionMNIST/raw/ and MNIST/raw/; torchvision's "
+        "FashionMNIST(root, download=True) and MNIST(root, download=True) fill the last two. "
+        'The data set "digits" needs no files.'
+    )
+
+
+@lru_cache(maxsize=8)
+def _decode_idx(path: Path) -> Tensor:
+    with gzip.open(path) as file:
+        data = file.read()
+    # Header: two zero bytes, the type (8: unsigned byte), the number of axes, then each length.
+    if data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is not an idx file of unsigned bytes.")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4).tolist()
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+@lru_cache(maxsize=8)
+def _decode_mosaic(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        pixels = np.array(picture.convert("RGB"))
+    height, width, _ = pixels.shape
+    if height % TILE or width != TILE * TILES_PER_ROW:
+        raise ValueError(
+            f"{path} must be {TILE * TILES_PER_ROW} pixels wide and a multiple of {TILE} high; "
+            f"got {width}x{height}."
+        )
+    tiles = pixels.reshape(height // TILE, TILE, TILES_PER_ROW, TILE, 3)
+    return torch.from_numpy(tiles.transpose(0, 2, 4, 1, 3).reshape(-1, 3, TILE, TILE))
+
+
+def _digits_task(
+    generator: torch.Generator, num_train: int, num_val: int, num_test: int | None
+) -> Task:
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
+    targets = torch.from_numpy(labels).long()
+    held_out = targets >= 8
+    ood = {"digits 8-9": images[held_out]}
+    images, targets = images[~held_out], targets[~held_out]
+    order = _stratified_order(targets, generator)
+    train, val, test = _cut(order, num_train, num_val, num_test)
+    splits = [(images[rows], targets[rows]) for rows in (train, val, test)]
+    return _task("digits", splits, ood, _channel_statistics(images[train]), 8)
+
+
+def _idx_task(
+    name: str, root: Path, generator: torch.Generator, sizes: tuple[int, int, int | None]
+) -> Task:
+    folder, other = (
+        ("FashionMNIST", "MNIST") if name == "fashionmnist" else ("MNIST", "FashionMNIST")
+    )
+    num_train, num_val, num_test = sizes
+    images, targets = _idx_pair(root / folder, "train")
+    (train,) = _cut(torch.randperm(len(images), generator=generator), num_train)
+    held_images, held_targets = _idx_pair(root / folder, "t10k")
+    order = torch.randperm(len(held_images), generator=generator)
+    val, test = _cut(order, num_val, num_test)
+    splits = [
+        (images[train], targets[train]),
+        *((held_images[rows], held_targets[rows]) for rows in (val, test)),
+    ]
+    ood = {other: _idx_pair(root / other, "t10k")[0]}
+    return _task(name, splits, ood, _channel_statistics(images[train]), 10)
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    images = load_idx(folder / "raw" / f"{part}-images-idx3-ubyte.gz")
+    labels = load_idx(folder / "raw" / f"{part}-labels-idx1-ubyte.gz")
+    return images.unsqueeze(1), labels.long()
+
+
+def _cifar_task(
+    root: Path, generator: torch.Generator, sizes: tuple[int | None, int, int | None]
+) -> Task:
+    num_train, num_val, num_test = sizes
+    held_images, held_targets = _cifar_arrays(root, train=False)
+    # The held-out split is drawn first, so that it does not depend on `num_train`.
+    val, test = _cut(torch.randperm(len(held_images), generator=generator), num_val, num_test)
+    images, targets = _cifar_arrays(root, train=True)
+    if num_train is not None:
+        (train,) = _cut(torch.randperm(len(images), generator=generator), num_train)
+        images, targets = images[train], targets[train]
+    splits = [(images, targets), *((held_images[r], held_targets[r]) for r in (val, test))]
+    return _task("cifar10", splits, _cifar_ood(root), (CIFAR_MEAN, CIFAR_STD), 10)
+
+
+def _cifar_arrays(root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    folder = root / "cifar10"
+    if not folder.is_dir():
+        return _torchvision_arrays(tv.CIFAR10, root, train=train)
+    names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
+    if not (folder / "labels.npz").is_file():
+        raise _missing(str(folder / "labels.npz"), "it does not exist")
+    with np.load(folder / "labels.npz") as stored:
+        labels = np.concatenate([stored[f"{name}_labels"] for name in names])
+    images = torch.cat([load_mosaic(folder / f"{name}.webp") for name in names])
+    if len(images) != len(labels):
+        raise ValueError(f"{folder} holds {len(images)} images but {len(labels)} labels.")
+    return images, torch.from_numpy(labels).long()
+
+
+def _cifar_ood(root: Path) -> dict[str, Tensor]:
+    folder = root / "ood"
+    if not folder.is_dir():
+        # torchvision has no TinyImageNet.
+        return {"CIFAR-100": _torchvision_arrays(tv.CIFAR100, root, train=False)[0]}
+    return {
+        "CIFAR-100": load_mosaic(folder / "cifar100_5000.webp"),
+        "TinyImageNet": load_mosaic(folder / "tinyimagenet_val_5000_32x32.webp"),
+    }
+
+
+def _torchvision_arrays(
+    source: type[tv.CIFAR10], root: Path, *, train: bool
+) -> tuple[Tensor, Tensor]:
+    try:
+        stored = source(str(root), train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise _missing(
+            f"{source.__name__} in {root}", f"and the download failed ({error})"
+        ) from error
+    images = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(stored.targets)
+
+
+def _task(
+    name: str,
+    splits: Sequence[tuple[Tensor, Tensor]],
+    ood: dict[str, Tensor],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    num_classes: int,
+) -> Task:
+    mean, std = statistics
+    train, val, test = (TensorDataset(normalize(x, mean, std), y) for x, y in splits)
+    channels, height, width = train.tensors[0].shape[1:]
+    return Task(
+        name=name,
+        train=train,
+        val=val,
+        test=test,
+        ood={source: normalize(x, mean, std) for source, x in ood.items()},
+        num_classes=num_classes,
+        input_shape=(channels, height, width),
+        mean=mean,
+        std=std,
+    )
+
+
+def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    by_channel = to_unit(images).double().transpose(0, 1).flatten(1)
+    return tuple(by_channel.mean(1).tolist()), tuple(by_channel.std(1, correction=0).tolist())
+
+
+def _denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    shape = (len(mean), 1, 1)
+    return images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+
+
+def _stratified_order(targets: Tensor, generator: torch.Generator) -> Tensor:
+    """An order of the examples any stretch of which holds every class in its proportion."""
+    order = torch.randperm(len(targets), generator=generator)
+    quantile = torch.empty(len(targets), dtype=torch.float64)
+    for label in targets.unique():
+        rows = (targets[order] == label).nonzero().squeeze(1)
+        quantile[rows] = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
+    return order[quantile.argsort(stable=True)]
+
+
+def _cut(order: Tensor, *sizes: int | None) -> list[Tensor]:
+    """Consecutive stretches of `order`; a size of None (the last only) takes all that remains."""
+    wanted = sum(size or 1 for size in sizes)
+    if wanted > len(order):
+        raise ValueError(f"Asked for at least {wanted} examples; there are {len(order)}.")
+    parts = []
+    for size in sizes:
+        parts.append(order[:size])
+        order = order[len(parts[-1]) :]
+    return parts
+
+
+def _gaussian_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    return x + strength * torch.randn(x.shape, generator=generator)
+
+
+def _shot_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    return torch.poisson(x * strength, generator=generator) / strength
+
+
+def _impulse_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    hit = torch.rand(x.shape, generator=generator) < strength
+    salt = torch.rand(x.shape, generator=generator) < 0.5
+    return torch.where(hit, salt.to(x), x)
+
+
+def _speckle_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    return x + x * strength * torch.randn(x.shape, generator=generator)
+
+
+def _gaussian_blur(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
+    radius = int(4 * strength + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / strength).square())
+    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
+    planes = F.pad(x.flatten(0, 1).unsqueeze(1), (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(planes, kernel), kernel.mT).view_as(x)
+
+
+def _brightness(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
+    # Raises V of hue, saturation, value: scaling all channels alike keeps hue and saturation.
+    value = x.amax(1, keepdim=True)
+    raised = (value + strength).clamp_max(1)
+    return torch.where(value > 0, x * raised / value.clamp_min(1e-6), raised)
+
+
+def _contrast(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
+    mean = x.mean((2, 3), keepdim=True)
+    return mean + strength * (x - mean)
+
+
+_CORRUPT: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
+    "gaussian_noise": _gaussian_noise,
+    "shot_noise": _shot_noise,
+    "impulse_noise": _impulse_noise,
+    "speckle_noise": _speckle_noise,
+    "gaussian_blur": _gaussian_blur,
+    "brightness": _brightness,
+    "contrast": _contrast,
+}

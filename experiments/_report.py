@@ -1,0 +1,344 @@
+"""How the experiments report: environment, timing, result files, tables and plots."""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+Row = Mapping[str, Any]
+T = TypeVar("T")
+
+IN_COLOR = "#4477AA"
+OUT_COLOR = "#EE6677"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric of one method over seeds.
+
+    Attributes:
+        mean: Mean.
+        std: Sample standard deviation; None from a single run.
+        count: Number of runs.
+    """
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        key: The entry of a row that it shows.
+        title: Its heading.
+        format: How a number is written, e.g. ".3f".
+        best: "min" or "max" to set the best mean in bold, else None.
+        spread: Whether to write ± the standard deviation.
+    """
+
+    key: str
+    title: str
+    format: str
+    best: str | None = None
+    spread: bool = True
+
+
+COLUMNS = (
+    Column("accuracy", "accuracy", ".3f"),
+    Column("nll", "NLL", ".4f", "min"),
+    Column("brier", "Brier", ".4f"),
+    Column("ece", "ECE", ".4f", "min"),
+    Column("ace", "ACE", ".4f"),
+    Column("auroc", "OOD AUROC", ".3f", "max"),
+    Column("fit_seconds", "fit s", ".1f", spread=False),
+    Column("predict_ratio", "predict × MAP", ".2f", spread=False),
+    Column("state_bytes", "state bytes", ",.0f", spread=False),
+)
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on besides the code's settings; JSON-ready."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def save_results(path: str | Path, settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write settings, `environment()` and rows as JSON, making the folder if need be.
+
+    Args:
+        path: Where to.
+        settings: What was run, such as `vars(arguments)`; paths become strings.
+        rows: One mapping for each method and seed; numbers that are not finite become null.
+    """
+    content = {"settings": settings, "environment": environment(), "rows": list(rows)}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """What `save_results` wrote: "settings", "environment" and "rows"."""
+    return json.loads(Path(path).read_text())
+
+
+def summarize(rows: Sequence[Row], by: str = "method") -> dict[str, dict[str, Summary]]:
+    """Mean and standard deviation over seeds of every numeric entry, for each method.
+
+    Args:
+        rows: One mapping for each method and seed, all of one data set and network.
+        by: The entry that names the method.
+
+    Returns:
+        The summaries by method, in order of appearance, then by metric. Missing entries, None and
+        NaN are left out; `Summary.count` tells how many runs remain.
+    """
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        metrics = groups.setdefault(str(row[by]), {})
+        for key, value in row.items():
+            if key not in (by, "seed") and _is_number(value):
+                metrics.setdefault(key, []).append(float(value))
+    return {
+        method: {key: _summary(values) for key, values in metrics.items()}
+        for method, metrics in groups.items()
+    }
+
+
+def markdown_table(
+    rows: Sequence[Row], columns: Sequence[Column] = COLUMNS, by: str = "method"
+) -> str:
+    """The rows as a Markdown table: mean ± standard deviation over seeds, the best mean in bold.
+
+    Means that are written alike are all best. Columns that no row fills are left out; nothing is
+    bold where there is only one method.
+
+    Args:
+        rows: One mapping for each method and seed, all of one data set and network.
+        columns: What to show.
+        by: The entry that names the method.
+
+    Returns:
+        The table, without a final line break.
+    """
+    summaries = summarize(rows, by)
+    shown = [c for c in columns if any(c.key in metrics for metrics in summaries.values())]
+    cells = [_column_cells(column, list(summaries.values())) for column in shown]
+    lines = [[by, *(column.title for column in shown)], ["---", *("---:" for _ in shown)]]
+    lines += [[method, *row] for method, *row in zip(summaries, *cells, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def timed(function: Callable[[], T], device: torch.device | str | None = None) -> tuple[T, float]:
+    """One call of `function`, as for a fit: its result and its seconds.
+
+    Args:
+        function: What to call.
+        device: CUDA device to wait for; None waits for the current one if CUDA is in use.
+
+    Returns:
+        The result and the wall-clock seconds.
+    """
+    _synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    _synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def seconds(
+    function: Callable[[], object],
+    device: torch.device | str | None = None,
+    repeats: int = 5,
+    warmup: int = 1,
+) -> float:
+    """Median seconds of a call, as for a prediction.
+
+    Args:
+        function: What to call.
+        device: As for `timed`.
+        repeats: Timed calls.
+        warmup: Calls before those, not timed.
+
+    Returns:
+        The median of the timed calls.
+    """
+    for _ in range(warmup):
+        function()
+    return statistics.median(timed(function, device)[1] for _ in range(repeats))
+
+
+def forward_ratio(
+    method_fn: Callable[[], object],
+    map_fn: Callable[[], object],
+    repeats: int = 15,
+    device: torch.device | str | None = None,
+) -> float:
+    """How many times longer a prediction takes than the plain forward pass.
+
+    The two are timed in turn, so that a machine that slows down or is shared slows both.
+
+    Args:
+        method_fn: The method's prediction.
+        map_fn: The forward pass of the same inputs.
+        repeats: Pairs of timed calls, after one pair that is not timed.
+        device: As for `timed`.
+
+    Returns:
+        The median over pairs of the ratio of their times.
+    """
+    method_fn(), map_fn()
+    ratios = []
+    for _ in range(repeats):
+        method_seconds = timed(method_fn, device)[1]
+        ratios.append(method_seconds / timed(map_fn, device)[1])
+    return statistics.median(ratios)
+
+
+def plot_uncertainty(
+    scores_in: Mapping[str, Tensor],
+    scores_out: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    xlabel: str = "predictive entropy (nats)",
+    bins: int = 30,
+) -> None:
+    """Histograms of an uncertainty score in and out of distribution, one panel a method.
+
+    Args:
+        scores_in: Scores of test inputs, shape (n,), by method.
+        scores_out: Scores of out-of-distribution inputs, by the same methods.
+        path: Where to write; the suffix decides the format.
+        xlabel: Name of the score.
+        bins: Number of bins, the same in all panels.
+
+    Raises:
+        ValueError: If the methods differ or there are none.
+    """
+    if not scores_in or scores_in.keys() != scores_out.keys():
+        raise ValueError(
+            "`scores_in` and `scores_out` must hold the same methods, at least one; got "
+            f"{list(scores_in)} and {list(scores_out)}."
+        )
+    edges = _shared_edges([*scores_in.values(), *scores_out.values()], bins)
+    # A Figure of its own, not pyplot's: nothing global to set or to close.
+    figure = Figure(figsize=(2.8 * len(scores_in) + 0.4, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(scores_in), sharex=True, squeeze=False)[0]
+    for panel, method in zip(panels, scores_in, strict=True):
+        _histograms(panel, scores_in[method], scores_out[method], edges)
+        panel.set_title(method, fontsize=10)
+    panels[0].set_ylabel("share of examples")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.supxlabel(xlabel, fontsize=10)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=200)
+
+
+def _shared_edges(scores: Sequence[Tensor], bins: int) -> Tensor:
+    low = min(each.min().item() for each in scores)
+    high = max(each.max().item() for each in scores)
+    return torch.linspace(low, max(high, low + 1e-6), bins + 1, dtype=torch.float64)
+
+
+def _histograms(panel: Axes, inside: Tensor, outside: Tensor, edges: Tensor) -> None:
+    for scores, color, label in (
+        (inside, IN_COLOR, "in distribution"),
+        (outside, OUT_COLOR, "out of distribution"),
+    ):
+        values = scores.detach().cpu().double().numpy()
+        shares = [1 / len(values)] * len(values)
+        panel.hist(values, edges.numpy(), weights=shares, color=color, alpha=0.6, label=label)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+
+
+def _column_cells(column: Column, metrics: Sequence[Mapping[str, Summary]]) -> list[str]:
+    found = [each.get(column.key) for each in metrics]
+    means = [summary.mean for summary in found if summary is not None]
+    best = None
+    if column.best is not None and len(found) > 1:
+        best = f"{(min if column.best == 'min' else max)(means):{column.format}}"
+    return [_cell(column, summary, best) for summary in found]
+
+
+def _cell(column: Column, summary: Summary | None, best: str | None) -> str:
+    if summary is None:
+        return "–"
+    mean = f"{summary.mean:{column.format}}"
+    bold = f"**{mean}**" if mean == best else mean
+    if not column.spread or summary.std is None:
+        return bold
+    return f"{bold} ± {summary.std:{column.format}}"
+
+
+def _summary(values: Sequence[float]) -> Summary:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.fmean(values), std, len(values))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not math.isnan(value)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON-like value
+    """`value` in types that JSON knows."""
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str)) or value is None else str(value)
+
+
+def _synchronize(device: torch.device | str | None) -> None:
+    if device is None:
+        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    else:
+        in_use = torch.device(device).type == "cuda"
+    if in_use:
+        torch.cuda.synchronize(device)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about this checkout; None without git or outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

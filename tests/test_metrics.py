@@ -1,0 +1,186 @@
+"""Metrics against hand-computed values and plain numpy references."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ella import metrics
+
+PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
+LABELS = torch.tensor([0, 2, 2, 1])
+
+
+def random_case(n=400, c=5, seed=0):
+    rng = np.random.default_rng(seed)
+    probs = torch.as_tensor(rng.dirichlet(np.full(c, 0.4), n))
+    labels = torch.as_tensor([rng.choice(c, p=row / row.sum()) for row in probs.numpy()])
+    return probs, labels
+
+
+def numpy_ece(probs, labels, num_bins):
+    """Bins [a, b), the last one closed; written independently of the library."""
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    total, largest = 0.0, 0.0
+    for b in range(num_bins):
+        low, high = b / num_bins, (b + 1) / num_bins
+        inside = (confidence >= low) & ((confidence < high) | (b == num_bins - 1))
+        if inside.any():
+            gap = abs(correct[inside].mean() - confidence[inside].mean())
+            total += inside.mean() * gap
+            largest = max(largest, gap)
+    return total, largest
+
+
+def two_class(confidences):
+    top = torch.tensor(confidences)
+    return torch.stack([top, 1 - top], dim=1)
+
+
+def test_hand_values():
+    assert metrics.accuracy(PROBS, LABELS) == 0.5
+    expected_nll = -np.log([0.7, 0.3, 0.4, 0.25]).mean()
+    assert metrics.negative_log_likelihood(PROBS, LABELS) == pytest.approx(expected_nll, rel=1e-6)
+    squares = [0.09 + 0.04 + 0.01, 0.01 + 0.36 + 0.49, 0.09 + 0.09 + 0.36, 0.25 + 0.5625 + 0.0625]
+    assert metrics.brier(PROBS, LABELS) == pytest.approx(np.mean(squares), rel=1e-6)
+
+
+def test_nll_of_impossible_label_is_finite():
+    value = metrics.negative_log_likelihood(two_class([1.0]), torch.tensor([1]))
+    assert value == pytest.approx(-np.log(torch.finfo(torch.float32).tiny), rel=1e-6)
+
+
+def test_calibrated_data_have_no_calibration_error():
+    probs = two_class([0.75] * 4 + [0.6] * 5)
+    labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1, 1])
+    assert metrics.expected_calibration_error(probs, labels) == pytest.approx(0, abs=1e-6)
+    assert metrics.maximum_calibration_error(probs, labels) == pytest.approx(0, abs=1e-6)
+
+
+def test_calibration_errors_by_hand():
+    probs = two_class([0.95, 0.95, 0.65, 0.65])
+    labels = torch.tensor([0, 1, 0, 0])  # accuracy .5 at .95 and 1 at .65
+    assert metrics.expected_calibration_error(probs, labels, 10) == pytest.approx(0.4, abs=1e-6)
+    assert metrics.maximum_calibration_error(probs, labels, 10) == pytest.approx(0.45, abs=1e-6)
+
+
+def test_adaptive_error_averages_bins_of_equal_mass():
+    probs = two_class([0.6, 0.62, 0.9, 0.96])
+    labels = torch.tensor([0, 1, 0, 0])  # halves: |.5 - .61| and |1 - .93|
+    value = metrics.adaptive_calibration_error(probs, labels, 2)
+    assert value == pytest.approx((0.11 + 0.07) / 2, abs=1e-6)
+
+
+def test_confidence_of_exactly_one_is_in_the_top_bin():
+    # torchmetrics 1.9 puts it in a bin of its own and returns .525.
+    probs = two_class([0.95, 1.0])
+    value = metrics.expected_calibration_error(probs, torch.tensor([1, 0]), 10)
+    assert value == pytest.approx(0.475, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_bins", [5, 15])
+@pytest.mark.parametrize("c", [2, 5])
+def test_agrees_with_numpy(num_bins, c):
+    probs, labels = random_case(c=c)
+    ece, mce = numpy_ece(probs.numpy(), labels.numpy(), num_bins)
+    value = metrics.expected_calibration_error(probs, labels, num_bins)
+    assert value == pytest.approx(ece, abs=1e-10)
+    assert metrics.maximum_calibration_error(probs, labels, num_bins) == pytest.approx(mce)
+
+
+def test_top_label_when_only_two_of_many_classes_occur():
+    probs, labels = random_case()
+    keep = labels <= 1
+    ece, _ = numpy_ece(probs[keep].numpy(), labels[keep].numpy(), 15)
+    value = metrics.expected_calibration_error(probs[keep], labels[keep])
+    assert value == pytest.approx(ece, abs=1e-10)
+
+
+def test_evaluate_collects_the_single_metrics():
+    probs, labels = random_case()
+    assert metrics.evaluate(probs, labels) == {
+        "accuracy": metrics.accuracy(probs, labels),
+        "nll": metrics.negative_log_likelihood(probs, labels),
+        "brier": metrics.brier(probs, labels),
+        "ece": metrics.expected_calibration_error(probs, labels),
+        "ace": metrics.adaptive_calibration_error(probs, labels),
+    }
+
+
+def test_auroc_counts_pairs():
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randint(0, 6, (30,), generator=generator).double()
+    outside = torch.randint(2, 9, (40,), generator=generator).double()
+    wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside)
+    assert metrics.auroc(inside, outside) == pytest.approx(wins.mean().item())
+    assert metrics.auroc(outside, inside) == pytest.approx(1 - wins.mean().item())
+
+
+def test_fpr_at_95_tpr():
+    outside = torch.arange(20.0)  # 95 % are at or above 1
+    inside = torch.tensor([-1.0, 0.5, 1.0, 2.0])
+    assert metrics.fpr_at_95_tpr(inside, outside) == 0.5
+    assert metrics.fpr_at_95_tpr(inside, outside + 100) == 0
+
+
+def test_aupr():
+    assert metrics.aupr(torch.zeros(3), torch.ones(2)) == 1
+    # Ranked out, in, out: precision 1 at recall 1/2, 2/3 at recall 1.
+    value = metrics.aupr(torch.tensor([1.0]), torch.tensor([2.0, 0.0]))
+    assert value == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("probs", "labels", "error", "message"),
+    [
+        (PROBS[0], LABELS, ValueError, r"`probs` must have shape \(n, c\)"),
+        (PROBS[:0], LABELS[:0], ValueError, "n >= 1"),
+        (PROBS[:, :1], LABELS, ValueError, "c >= 2"),
+        (PROBS, LABELS[:2], ValueError, r"`labels` must have shape \(4,\)"),
+        (PROBS.log(), LABELS, ValueError, "softmax"),
+        (PROBS / 2, LABELS, ValueError, "softmax"),
+        (PROBS.clone().fill_(torch.nan), LABELS, ValueError, "NaN"),
+        (PROBS, LABELS + 1, ValueError, r"0\.\.2"),
+        (PROBS, LABELS.float(), TypeError, "integers"),
+        (PROBS.numpy(), LABELS, TypeError, "as_tensor"),
+    ],
+)
+@pytest.mark.parametrize("metric", [metrics.accuracy, metrics.expected_calibration_error])
+def test_bad_inputs(metric, probs, labels, error, message):
+    with pytest.raises(error, match=message):
+        metric(probs, labels)
+
+
+def test_bad_scores_and_bins():
+    with pytest.raises(ValueError, match="`scores_out`"):
+        metrics.auroc(torch.ones(3), torch.ones(0))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.aupr(torch.tensor([torch.nan]), torch.ones(2))
+    with pytest.raises(ValueError, match="`num_bins`"):
+        metrics.expected_calibration_error(PROBS, LABELS, 0)
+
+
+def test_reliability_diagram_draws_what_it_says():
+    probs, labels = two_class([0.96, 1.0, 0.65, 0.65]), torch.tensor([1, 0, 0, 0])
+    figure = metrics.reliability_diagram({"MAP": probs, "same": probs}, labels, num_bins=10)
+    assert len(figure.axes) == 2
+    panel = figure.axes[0]
+    assert panel.get_title() == "MAP\nECE 0.415"
+    bars, gaps = panel.containers
+    centers = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+    assert centers == pytest.approx([0.65, 0.95])
+    assert [bar.get_height() for bar in bars] == pytest.approx([1.0, 0.5])
+    assert [bar.get_height() for bar in gaps] == pytest.approx([-0.35, 0.48], abs=1e-6)
+    figure.canvas.draw()
+
+
+def test_reliability_diagram_needs_a_method():
+    with pytest.raises(ValueError, match="empty"):
+        metrics.reliability_diagram({}, LABELS)
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "netcal.metrics", None)
+    with pytest.raises(ImportError, match=r'netcal: pip install "ella\[metrics\]"'):
+        metrics.expected_calibration_error(PROBS, LABELS)
