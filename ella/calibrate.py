@@ -15,13 +15,19 @@ from torch import Tensor
 
 from ella.predictive import Link, LogitGaussian
 
-
 REACH = math.log(30.0)
 """How far T and the output scale may move from 1 (from σ²), in the log."""
+
+TEMPERATURE_SPREAD = 2.0
+"""Standard deviation of log T under the hyperprior."""
 
 
 class Score(Protocol):
     """Validation negative log-likelihood of a Gaussian over outputs, in nats per example."""
+
+    @property
+    def scale_spread(self) -> float:
+        """Standard deviation of the log output scale under the hyperprior."""
 
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """The score at posterior temperature T ≥ 0 and output scale > 0."""
@@ -34,10 +40,12 @@ class ClassificationScore:
     Attributes:
         labels: Class indices, shape (n,).
         link: How logits become probabilities; the one used for prediction.
+        scale_spread: See `Score`.
     """
 
     labels: Tensor
     link: Link
+    scale_spread: float = 0.5
 
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """Mean of −log p(y), with p floored at the smallest float of its dtype."""
@@ -55,9 +63,11 @@ class RegressionScore:
 
     Attributes:
         targets: Shape (n, c).
+        scale_spread: See `Score`.
     """
 
     targets: Tensor
+    scale_spread: float = 3.0
 
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """Mean of −log N(y; m, T·S + σ²), outputs taken as independent given x."""
@@ -112,9 +122,11 @@ def search(
     """Minimise the validation score over (δ, T, scale).
 
     δ runs over a grid, refined once around its best point; for each δ, T and the scale are found
-    by compass search in the log domain, started from the neighbouring δ's optimum. T = 0 with the
-    initial scale (the MAP) and with the best scale (temperature scaling) are candidates, so the
-    result is never worse than either on these data.
+    by compass search in the log domain, started from the neighbouring δ's optimum. Log-normal
+    hyperpriors around T = 1 and the initial scale, worth less than a nat in total for ordinary
+    values, keep small validation sets from choosing extremes (many draws that vote, τ near 0).
+    T = 0 with the initial scale (the MAP) and with the best scale (temperature scaling) are
+    candidates, so the result is never worse than either on these data.
 
     Args:
         gaussian_at: δ ↦ Gaussian over the outputs of the validation inputs.
@@ -127,6 +139,7 @@ def search(
     """
     largest = precisions[-1] if precisions else 1.0
     plain = gaussian_at(largest)
+    n = len(plain.mean)
     map_nll = score(plain, 0.0, initial_scale)
     if not math.isfinite(map_nll):
         raise ValueError(
@@ -142,15 +155,24 @@ def search(
     at_edge = False
     found: dict[float, tuple[float, tuple[float, ...]]] = {}
 
+    origin = (0.0, math.log(initial_scale))
+    spreads = (TEMPERATURE_SPREAD, score.scale_spread)
+
+    def penalty(logs: tuple[float, ...]) -> float:
+        """Negative log hyperprior per example."""
+        terms = zip(logs, origin, spreads, strict=True)
+        return sum(((log - at) / spread) ** 2 for log, at, spread in terms) / (2 * n)
+
     def optimise_at(precision: float, start: tuple[float, ...]) -> tuple[float, ...]:
         gaussian = gaussian_at(precision)
-        logs, nll = _compass(
-            lambda logs: score(gaussian, math.exp(logs[0]), math.exp(logs[1])), start, origin
-        )
-        found[precision] = (nll, logs)
+
+        def objective(logs: tuple[float, ...]) -> float:
+            return score(gaussian, math.exp(logs[0]), math.exp(logs[1])) + penalty(logs)
+
+        logs, value = _compass(objective, start, origin)
+        found[precision] = (value, logs)
         return logs
 
-    origin = (0.0, math.log(initial_scale))
     if precisions:
         start: tuple[float, ...] = origin
         for precision in reversed(precisions):  # from nearly the MAP towards a wide posterior
@@ -160,7 +182,8 @@ def search(
         for precision in (centre / step, centre * step):
             optimise_at(precision, found[centre][1])
         precision = min(found, key=lambda precision: found[precision][0])
-        nll, (log_temperature, log_scale) = found[precision]
+        value, logs = found[precision]
+        nll, (log_temperature, log_scale) = value - penalty(logs), logs
         best = min(best, (nll, precision, math.exp(log_temperature), math.exp(log_scale)))
         at_edge = best[2] > 0 and not precisions[0] < precision < precisions[-1]
     return Tuning(
@@ -170,7 +193,7 @@ def search(
         nll=best[0],
         map_nll=map_nll,
         scaled_nll=scaled_nll,
-        num_examples=len(plain.mean),
+        num_examples=n,
         at_edge=at_edge,
     )
 
@@ -185,7 +208,7 @@ def _compass(
     The point stays within `REACH` of `origin` along each axis.
     """
     point, value, step = start, function(start), 1.0
-    while step > 0.02:
+    while step > 0.05:
         neighbours = [(function(p), p) for p in _neighbours(point, origin, step)]
         best_value, best_point = min(neighbours)
         if best_value < value - 1e-7:

@@ -211,7 +211,8 @@ class Linearized:
     def _admit(self, x: Inputs) -> tuple[Inputs, int]:
         """Check inputs; copy those made in inference mode, which autograd refuses."""
         n = check_inputs(x, self.device)
-        return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
+        with torch.inference_mode(False):
+            return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
 
     def _forward(self, parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
         """The model as a function of its trainable parameters. Buffers are copies: see class."""

@@ -101,7 +101,7 @@ def load_task(
 
     | dataset | train | val | test | out of distribution |
     | --- | --- | --- | --- | --- |
-    | digits | 80 | 300 | rest (1,063) | digits 8-9 (the task is 0-7) |
+    | digits | 80 | 400 | rest (963) | digits 8-9 (the task is 0-7) |
     | fashionmnist | 5,000 | 2,000 | 8,000 | MNIST |
     | mnist | 5,000 | 2,000 | 8,000 | FashionMNIST |
     | cifar10 | 50,000 | 2,000 | 8,000 | CIFAR-100, TinyImageNet |
@@ -129,7 +129,7 @@ def load_task(
             raise ValueError(f"`{name}` must be at least 1, or None for the default; got {size}.")
     generator = torch.Generator().manual_seed(seed)
     if dataset == "digits":
-        return _digits_task(generator, num_train or 80, num_val or 300, num_test)
+        return _digits_task(generator, num_train or 80, num_val or 400, num_test)
     if dataset in ("fashionmnist", "mnist"):
         sizes = (num_train or 5000, num_val or 2000, num_test)
         return _idx_task(dataset, data_root(root), generator, sizes)

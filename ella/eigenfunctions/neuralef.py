@@ -25,7 +25,7 @@ from ella.linearize import Linearized
 from ella.spectral import (
     FeatureKernel,
     Moments,
-    NestedLoRA,
+    NeuralEFObjective,
     Objective,
     Regression,
     ResidualMLP,
@@ -65,7 +65,7 @@ class NeuralEF:
 
     Attributes:
         rank: k.
-        objective: What is minimised; `NestedLoRA` or `NeuralEFObjective`.
+        objective: What is minimised; `NeuralEFObjective` or `NestedLoRA`.
         network: A module from inputs to (n, c, k), copied at `fit`; None builds a `ResidualMLP` on
             the classifier's own activations.
         num_inputs: Inputs to learn from.
@@ -81,14 +81,16 @@ class NeuralEF:
     """
 
     rank: int = 64
-    objective: Objective = field(default_factory=NestedLoRA)
+    objective: Objective = field(default_factory=NeuralEFObjective)
     network: nn.Module | None = None
     num_inputs: int = 10_000
     augment: Augmentation | None = field(default_factory=Perturb)
     num_directions: int = 256
     width: int = 512
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
-    training: Training | None = None
+    training: Training | None = field(
+        default_factory=lambda: Training(steps=500, learning_rate=3e-4)
+    )
 
     def __post_init__(self) -> None:
         for name in ("rank", "num_inputs", "num_directions", "width"):

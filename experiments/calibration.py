@@ -1,0 +1,217 @@
+"""Is a classifier with ella better calibrated than with what one would otherwise pick?
+
+    python experiments/calibration.py
+    python experiments/calibration.py --dataset cifar10 --root $ELLA_DATA --arch resnet20
+
+For each seed: a classifier (trained on the spot, or a published checkpoint), every method fitted
+on its training data and tuned on the same validation data by the same search, and all scored on
+the test data. Writes JSON, a Markdown table and two figures.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _data import DATASETS, Task, data_root, load_task
+from _models import TRAINING, DigitsNet, FashionNet, checkpoint_path, load_model, train_classifier
+from _report import forward_ratio, markdown_table, plot_uncertainty, save_results, timed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ella import ELLA, LastLayer, NeuralEF, Nystrom, Predictor, Training
+from ella.baselines import (
+    MAP,
+    KroneckerLaplace,
+    LastLayerLaplace,
+    NystromLaplace,
+    TemperatureScaling,
+)
+from ella.metrics import auroc, evaluate, reliability_diagram
+
+FIGURE_METHODS = ("MAP", "temperature scaling", "last-layer Laplace, Kronecker", "ELLA, NeuralEF")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=DATASETS, default="digits")
+    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
+    parser.add_argument("--arch", default="resnet20", help="CIFAR-10 network, resnet20 to 56")
+    parser.add_argument("--weights", type=Path, help="checkpoint (default: the published one)")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=10)
+    parser.add_argument("--num-train", type=int, help="training examples to use")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (digits: 1)")
+    parser.add_argument("--slow", action="store_true", help="add the baselines that take hours")
+    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    return parser.parse_args(argv)
+
+
+def make_classifier(args: argparse.Namespace, task: Task, seed: int) -> nn.Module:
+    """A published checkpoint for CIFAR-10, else a small network trained on the spot."""
+    if args.dataset == "cifar10":
+        path = args.weights or checkpoint_path(args.arch, data_root(args.root))
+        return load_model(args.arch, path).to(args.device)
+    net = DigitsNet(task.num_classes) if args.dataset == "digits" else FashionNet(task.num_classes)
+    options = dict(TRAINING[args.dataset])
+    if args.smoke:
+        options |= {"epochs": 10}
+    return train_classifier(net, task.train, seed, **options).to(args.device)
+
+
+def neural_ef(args: argparse.Namespace) -> NeuralEF:
+    """NeuralEF with settings for the size of the problem."""
+    if args.smoke:
+        steps = Training(steps=30, batch_size=32)
+        size: dict[str, Any] = {"rank": 8, "num_inputs": 120, "num_directions": 24, "width": 32}
+        return NeuralEF(teacher=steps, training=steps, **size)
+    if args.dataset == "digits":
+        return NeuralEF(rank=64, num_inputs=3000, num_directions=128, width=256)
+    return NeuralEF(rank=64)
+
+
+def methods(
+    args: argparse.Namespace, seed: int, num_train: int
+) -> dict[str, Callable[[nn.Module], Predictor]]:
+    """Every method that is compared, by the name it has in the table."""
+    rows = 40 if args.smoke else 2000
+    common: dict[str, Any] = {"seed": seed, "progress": not args.smoke}
+    found: dict[str, Callable[[nn.Module], Predictor]] = {
+        "MAP": lambda model: MAP(model, **common),
+        "temperature scaling": lambda model: TemperatureScaling(model, **common),
+        "last-layer Laplace, full": lambda model: LastLayerLaplace(
+            model, structure="full", **common
+        ),
+        "last-layer Laplace, Kronecker": lambda model: LastLayerLaplace(
+            model, structure="kron", **common
+        ),
+    }
+    if args.dataset != "cifar10" or args.slow:
+        found |= {
+            "Kronecker Laplace (BatchNorm frozen)": lambda model: KroneckerLaplace(
+                model, **common
+            ),
+            "laplace-torch ELLA, k = 20": lambda model: NystromLaplace(
+                model, rank=20, subsample=min(rows, 400, num_train), **common
+            ),
+        }
+
+    def ella(eigenfunctions: Any, residual: str) -> Callable[[nn.Module], Predictor]:  # noqa: ANN401
+        return lambda model: ELLA(
+            model, eigenfunctions=eigenfunctions, residual=residual, **common
+        )
+
+    return found | {
+        "ELLA, Nyström k = 20, no residual": ella(Nystrom(20, rows), "none"),
+        "ELLA, Nyström k = 64": ella(Nystrom(20 if args.smoke else 64, rows), "diag"),
+        "ELLA, last layer": ella(LastLayer(), "diag"),
+        "ELLA, NeuralEF": ella(neural_ef(args), "diag"),
+    }
+
+
+def score(method: Predictor, name: str, task: Task, device: str) -> tuple[dict[str, Any], Tensor]:
+    """One row of the table (without fit time), and the test probabilities."""
+    images, labels = task.test.tensors
+    probs = torch.cat([method.predict_proba(x.to(device)) for x in images.split(500)]).cpu()
+    inside = entropies(method, images, device)
+    aurocs = {
+        f"auroc {k}": auroc(inside, entropies(method, x, device)) for k, x in task.ood.items()
+    }
+    batch = images[:256].to(device)
+    with torch.no_grad():
+        ratio = forward_ratio(
+            lambda: method.predict_proba(batch, n_samples=64), lambda: method.model(batch)
+        )
+    return {
+        "method": name,
+        **evaluate(probs, labels),
+        **aurocs,
+        "auroc": sum(aurocs.values()) / len(aurocs),
+        "predict_ratio": ratio,
+        "state_bytes": method.state_bytes,
+    }, probs
+
+
+def entropies(method: Predictor, images: Tensor, device: str) -> Tensor:
+    """Predictive entropy of many images, shape (n,), on the CPU."""
+    parts = [method.uncertainty(x.to(device)).entropy for x in images.split(500)]
+    return torch.cat(parts).cpu()
+
+
+def loaders(args: argparse.Namespace, task: Task) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Training and validation data."""
+
+    def loader(data: Dataset) -> DataLoader:
+        return DataLoader(data, batch_size=100)
+
+    return loader(task.train), loader(task.val)
+
+
+def run_seed(
+    args: argparse.Namespace, seed: int
+) -> tuple[list[dict[str, Any]], Task, dict[str, tuple[Tensor, Predictor]]]:
+    """All methods on one seed: their rows, and what the figures need."""
+    task = load_task(args.dataset, args.root, seed, num_train=args.num_train)
+    model = make_classifier(args, task, seed)
+    train, val = loaders(args, task)
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, tuple[Tensor, Predictor]] = {}
+    for name, make in tqdm(methods(args, seed, len(task.train)).items(), desc=f"seed {seed}"):
+        method, fit_seconds = timed(lambda make=make: make(model).fit(train))
+        if name == "ELLA, NeuralEF":
+            row, _ = score(method, "ELLA, NeuralEF, not tuned", task, args.device)
+            rows.append({"seed": seed, "fit_seconds": fit_seconds, **row})
+        method, tune_seconds = timed(lambda method=method: method.calibrate(val))
+        row, probs = score(method, name, task, args.device)
+        chosen = vars(method.hyperparameters) if method.hyperparameters else {}
+        rows.append(
+            {
+                "seed": seed,
+                "fit_seconds": fit_seconds,
+                "tune_seconds": tune_seconds,
+                **row,
+                **chosen,
+            }
+        )
+        kept[name] = (probs, method)
+    return rows, task, kept
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run and write everything."""
+    args = arguments(argv)
+    if args.threads or args.dataset == "digits":
+        # The digits network is too small for threads to pay.
+        torch.set_num_threads(args.threads or 1)
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    stem = args.out / f"calibration-{args.dataset}"
+    if args.dataset == "cifar10":
+        stem = args.out / f"calibration-{args.dataset}-{args.arch}"
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        found, task, kept = run_seed(args, seed)
+        rows += found
+        save_results(stem.with_suffix(".json"), vars(args), rows)
+        print(markdown_table(rows), flush=True)
+    # The figures show the last seed.
+    shown = {name: kept[name] for name in FIGURE_METHODS if name in kept}
+    images, labels = task.test.tensors
+    figure = reliability_diagram({name: probs for name, (probs, _) in shown.items()}, labels)
+    figure.savefig(f"{stem}-reliability.png", dpi=120)
+    inside = {name: entropies(m, images, args.device) for name, (_, m) in shown.items()}
+    outside = next(iter(task.ood.values()))
+    out = {name: entropies(m, outside, args.device) for name, (_, m) in shown.items()}
+    plot_uncertainty(inside, out, f"{stem}-uncertainty.png")
+    stem.with_suffix(".md").write_text(markdown_table(rows) + "\n")
+    print(f"{stem}.json, .md, -reliability.png, -uncertainty.png", end=" ")
+    print(f"written after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

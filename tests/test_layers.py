@@ -1,0 +1,96 @@
+"""The package's layout: imports point one way, and importing it costs nothing optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "ella"
+ORDER = (
+    "_checks",
+    "metrics",
+    "spectral",
+    "linearize",
+    "features",
+    "curvature",
+    "predictive",
+    "posterior",
+    "eigenfunctions",
+    "calibrate",
+    "predictor",
+    "baselines",
+    "estimator",
+)
+PATHS = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def parts_used(path):
+    """Names of the package's parts that a file imports, whichever way it is written."""
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            module = node.module or ""
+            if module == "ella":
+                used |= {alias.name for alias in node.names}
+            elif module.startswith("ella."):
+                used.add(module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            used |= {(name + [""])[1] for name in names if name[0] == "ella"}
+    return used
+
+
+def test_every_part_has_a_place():
+    assert {part_of(path) for path in PATHS} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = part_of(path)
+    for used in parts_used(path) - {own}:
+        assert ORDER.index(used) < ORDER.index(own), f"{own} imports {used}"
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed"),
+    [
+        ("spectral", {"_checks"}),  # knows no classifier
+        ("metrics", {"_checks"}),
+        # The k-dimensional half knows neither weights nor where φ came from.
+        ("curvature", {"_checks"}),
+        ("predictive", {"_checks"}),
+        ("posterior", {"_checks", "predictive"}),
+        ("calibrate", {"_checks", "predictive"}),
+    ],
+)
+def test_the_halves_do_not_know_each_other(part, allowed):
+    used = set().union(*(parts_used(path) for path in PATHS if part_of(path) == part))
+    assert used - {part} <= allowed
+
+
+def test_import_loads_nothing_optional():
+    optional = ("netcal", "laplace", "backpack", "curvlinops", "sklearn", "matplotlib", "scipy")
+    script = f"import sys, ella; print([m for m in {optional!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist():
+    import ella
+
+    assert all(hasattr(ella, name) for name in ella.__all__)
+    assert list(ella.__all__) == sorted(ella.__all__)

@@ -1,0 +1,385 @@
+"""The spectral core on finite spaces, where every eigenfunction is known (float64)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ella.spectral import (
+    RBF,
+    FeatureKernel,
+    Moments,
+    NestedLoRA,
+    NeuralEFObjective,
+    Polynomial,
+    Regression,
+    ResidualMLP,
+    Teacher,
+    Training,
+    leading_eigenpairs,
+    numerical_eigenpairs,
+    rayleigh_ritz,
+    train,
+)
+from ella.spectral.train import held_out_loss
+
+N, C, R, K = 9, 2, 7, 4
+OBJECTIVES = [NestedLoRA(), NestedLoRA(nested=False), NeuralEFObjective()]
+
+
+def assert_near(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+class FiniteSpace:
+    """N points, C outputs, κ(x, x') = S(x)S(x')ᵀ: T is the matrix SSᵀ/N on vectors (N·C)."""
+
+    def __init__(self, n=N, seed=0):
+        self.n = n
+        self.s = normal(n, C, R, seed=seed) * torch.linspace(3, 0.5, R, dtype=torch.float64)
+        flat = self.s.flatten(0, 1)
+        values, vectors = torch.linalg.eigh(flat @ flat.T / n)
+        self.values = values.flip(0)[:R]
+        # E‖ψ‖² = (1/N)·Σ ψ² = 1
+        self.functions = (vectors.flip(1)[:, :R] * n**0.5).reshape(n, C, R)
+
+    def apply(self, psi):
+        return FeatureKernel().apply(self.s, self.s, psi)
+
+
+@pytest.fixture
+def space():
+    return FiniteSpace()
+
+
+# (g) Objectives
+
+
+def mixed(space, objective, scale=1.0):
+    """Exact minimisers on the objective's scale."""
+    psi = space.functions[..., :K]
+    if isinstance(objective, NestedLoRA):
+        return psi * space.values[:K].sqrt()
+    return psi * scale
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_gradient_vanishes_at_the_eigenfunctions(space, objective, scale):
+    raw = mixed(space, objective, scale).requires_grad_()
+    psi = objective.normalize(raw)
+    fixed = psi.detach()
+    psi.backward(objective.gradient(fixed, space.apply(fixed), fixed))
+    torch.testing.assert_close(raw.grad, torch.zeros_like(raw), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_gradient_does_not_vanish_elsewhere(space, objective):
+    raw = normal(N, C, K, seed=3).requires_grad_()
+    psi = objective.normalize(raw)
+    fixed = psi.detach()
+    psi.backward(objective.gradient(fixed, space.apply(fixed), fixed))
+    assert (raw.grad.flatten(0, 1).norm(dim=0) > 1e-2).all()
+
+
+def test_only_nesting_cares_about_rotations(space):
+    rotation = torch.linalg.qr(normal(K, K))[0]
+    psi = mixed(space, NestedLoRA()) @ rotation
+    norms = {
+        nested: NestedLoRA(nested).gradient(psi, space.apply(psi), psi).norm().item()
+        for nested in (True, False)
+    }
+    assert norms[False] < 1e-10
+    assert norms[True] > 1e-2
+
+
+def derivative(function, at):
+    """Central differences, entry by entry."""
+    out, step = torch.zeros_like(at), 1e-5
+    for index in itertools.product(*map(range, at.shape)):
+        up, down = at.clone(), at.clone()
+        up[index] += step
+        down[index] -= step
+        out[index] = (function(up) - function(down)) / (2 * step)
+    return out
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES[:2], Regression()], ids=repr)
+def test_gradient_is_the_derivative_of_the_loss(space, objective):
+    psi, target = normal(N, C, 3, seed=1), normal(N, C, 3, seed=2)
+
+    def loss(psi):
+        tpsi = target if isinstance(objective, Regression) else space.apply(psi)
+        return objective.loss(psi, tpsi, psi)
+
+    tpsi = target if isinstance(objective, Regression) else space.apply(psi)
+    assert_near(objective.gradient(psi, tpsi, psi), derivative(loss, psi), 1e-6)
+
+
+def test_neuralef_gradient_is_the_derivative_with_earlier_columns_fixed(space):
+    objective, psi = NeuralEFObjective(), normal(N, C, 3, seed=1)
+    gradient = objective.gradient(psi, space.apply(psi), psi)
+    for j in range(3):
+
+        def loss(column, j=j):
+            both = torch.cat([psi[..., :j], column], dim=-1)
+            return objective.loss(both, space.apply(both), both)
+
+        assert_near(gradient[..., j : j + 1], derivative(loss, psi[..., j : j + 1]), 1e-6)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_nested_lora_half_batches_are_unbiased(nested):
+    """The mean over every pair of independent half-batches of two, by enumeration."""
+    n = 4
+    space, objective = FiniteSpace(n), NestedLoRA(nested)
+    psi = normal(n, C, 3, seed=4)
+    full = objective.gradient(psi, space.apply(psi), psi)
+    total, count = torch.zeros_like(psi), 0
+    halves = [torch.tensor(half) for half in itertools.product(range(n), repeat=2)]
+    for one, other in itertools.product(halves, halves):
+        tpsi = FeatureKernel().apply(space.s[one], space.s[other], psi[other])
+        total.index_add_(0, one, objective.gradient(psi[one], tpsi, psi[other]))
+        count += 1
+    assert_near(total / count, full, 1e-12)
+
+
+def test_nested_lora_loss_is_the_distance_to_the_operator():
+    """With v = 1 the loss is ‖T − ψψᵀ‖² − ‖T‖² in the Hilbert-Schmidt norm."""
+    space, psi = FiniteSpace(), normal(N, C, 3)
+    t = space.s.flatten(0, 1) @ space.s.flatten(0, 1).T / N
+    low_rank = psi.flatten(0, 1) @ psi.flatten(0, 1).T / N
+    expected = (t - low_rank).square().sum() - t.square().sum()
+    assert NestedLoRA(nested=False).loss(psi, space.apply(psi), psi) == pytest.approx(
+        expected.item(), rel=1e-10
+    )
+
+
+def test_neuralef_normalizes_each_function():
+    psi = NeuralEFObjective().normalize(5 * normal(N, C, K))
+    assert_near(psi.square().sum((0, 1)) / N, torch.ones(K, dtype=torch.float64))
+
+
+# (h) Rayleigh-Ritz
+
+
+def test_ritz_recovers_the_eigenfunctions_from_any_mix(space):
+    mix = normal(K, K, seed=6)
+    psi = space.functions[..., :K] @ mix
+    values, mixing = rayleigh_ritz(Moments.of(psi, space.apply(psi)))
+    assert_near(values, space.values[:K], 1e-8)
+    found = psi @ mixing
+    signs = torch.einsum("nck,nck->k", found, space.functions[..., :K]).sign()
+    assert_near(found * signs, space.functions[..., :K], 1e-8)
+
+
+def test_ritz_is_orthonormal_and_diagonal_in_any_span(space):
+    psi = normal(N, C, K, seed=7)
+    values, mixing = rayleigh_ritz(Moments.of(psi, space.apply(psi)))
+    found = psi @ mixing
+    flat, tflat = found.flatten(0, 1), space.apply(found).flatten(0, 1)
+    assert_near(flat.T @ flat / N, torch.eye(K, dtype=torch.float64))
+    assert_near(flat.T @ tflat / N, torch.diag(values))
+    assert (values <= space.values[:K] + 1e-12).all()  # never above the true ones
+
+
+def test_ritz_drops_directions_that_add_nothing(space):
+    psi = space.functions[..., [0, 1, 0, 2]]
+    values, mixing = rayleigh_ritz(Moments.of(psi, space.apply(psi)))
+    assert mixing.shape == (4, 3)
+    assert_near(values, space.values[:3], 1e-8)
+
+
+def test_moments_add_up(space):
+    psi = normal(N, C, K)
+    tpsi = space.apply(psi)
+    whole = Moments.of(psi, tpsi)
+    parts = Moments.of(psi[:2], tpsi[:2]) + Moments.of(psi[2:], tpsi[2:])
+    assert_near(parts.second, whole.second)
+    assert_near(parts.kernel, whole.kernel)
+    assert parts.num_examples == whole.num_examples == N
+    assert Moments.of(psi.float(), tpsi.float()).second.dtype == torch.float64
+
+
+# Operators
+
+
+@pytest.mark.parametrize("kernel", [RBF(0.7), Polynomial(3, 1.5)], ids=repr)
+def test_kernels_equal_the_dense_sum(kernel):
+    x, sources, values = normal(6, 2), normal(5, 2, seed=1), normal(5, C, K, seed=2)
+
+    def k(a, b):
+        if isinstance(kernel, RBF):
+            return math.exp(-(a - b).square().sum().item() / (2 * 0.7**2))
+        return ((a @ b).item() + 1.5) ** 3
+
+    expected = torch.stack(
+        [sum(k(a, b) * v for b, v in zip(sources, values, strict=True)) / 5 for a in x]
+    )
+    assert_near(kernel.apply(x, sources, values), expected)
+
+
+def test_feature_kernel_equals_the_dense_sum(space):
+    sources, values = normal(5, C, R, seed=1), normal(5, C, K, seed=2)
+    dense = torch.einsum("ncr,mdr->ncmd", space.s, sources)
+    expected = torch.einsum("ncmd,mdk->nck", dense, values) / 5
+    assert_near(FeatureKernel().apply(space.s, sources, values), expected)
+
+
+def test_teacher_ignores_the_function():
+    x = normal(3, C, K)
+    assert Teacher().apply(x, x[:1], normal(1, C, K)) is x
+
+
+@pytest.mark.parametrize(
+    ("kernel", "x"),
+    [
+        (RBF(0.7), normal(6, 2)),
+        (Polynomial(3, 1.5), normal(6, 2)),
+        (FeatureKernel(), normal(6, C, R)),
+    ],
+    ids=repr,
+)
+def test_operators_are_linear_self_adjoint_and_positive(kernel, x):
+    u, v = normal(6, C, 1, seed=1), normal(6, C, 1, seed=2)
+    tu, tv = kernel.apply(x, x, u), kernel.apply(x, x, v)
+    assert_near((u * tv).sum(), (tu * v).sum())
+    assert_near(kernel.apply(x, x, 2 * u - v), 2 * tu - tv)
+    identity = torch.eye(6 * C, dtype=torch.float64).reshape(6, C, 6 * C)
+    matrix = kernel.apply(x, x, identity).flatten(0, 1)
+    assert torch.linalg.eigvalsh((matrix + matrix.T) / 2).min() >= -1e-10
+
+
+def test_polynomial_has_the_stated_rank():
+    x = normal(40, 2)
+    gram = Polynomial(3, 1.5)(x, x)
+    assert len(numerical_eigenpairs(gram)[0]) == math.comb(2 + 3, 3)
+
+
+# Gram matrices
+
+
+def test_leading_eigenpairs():
+    root = normal(8, 5)
+    gram = root @ root.T
+    values, vectors = leading_eigenpairs(gram, 3)
+    assert_near(gram @ vectors, vectors * values)
+    assert_near(values, torch.linalg.svdvals(root)[:3].square())
+    everything, axes = numerical_eigenpairs(gram)
+    assert len(everything) == 5
+    assert_near(axes * everything @ axes.T, gram)
+
+
+def test_more_eigenpairs_than_the_matrix_carries():
+    root = normal(8, 5)
+    with pytest.raises(ValueError, match=r"`rank` is 6, but the 8 sampled rows span only 5"):
+        leading_eigenpairs(root @ root.T, 6)
+
+
+# Training
+
+
+def make_network(k=4, dropout=0.0, width=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return ResidualMLP(2, (1, k), width=width, dropout=dropout, generator=generator)
+
+
+class Scaled(RBF):
+    """Ten times the RBF kernel: the scale at which the library trains (`TOP_EIGENVALUE`)."""
+
+    def __call__(self, x, y):
+        return 10 * super().__call__(x, y)
+
+
+@pytest.mark.parametrize("objective", [NestedLoRA(), NeuralEFObjective()], ids=repr)
+def test_training_reaches_the_eigenvalues_of_the_gram_matrix(objective, generator):
+    # Points on a rectangle: no two of the leading eigenvalues are equal.
+    x = (3 * torch.rand(512, 2, generator=generator) - 1.5) * torch.tensor([1.0, 0.7])
+    kernel, network = Scaled(), make_network()
+    settings = Training(
+        steps=1000, batch_size=256, learning_rate=1e-2, weight_decay=0, holdout=0.2, patience=20
+    )
+    train(network, kernel, x, x, objective, settings, generator=generator, progress=False)
+    with torch.no_grad():
+        psi = network(x)
+    values, _ = rayleigh_ritz(Moments.of(psi, kernel.apply(x, x, psi)))
+    wide = x.double()
+    expected = leading_eigenpairs(kernel(wide, wide), 4)[0] / len(x)
+    torch.testing.assert_close(values, expected, rtol=0.05, atol=0)
+
+
+def short_run(generator, seed=0, **settings):
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    network = make_network(k=2, dropout=0.1, width=8)
+    chosen = Training(**{"steps": 20, "batch_size": 16, **settings})
+    generator = torch.Generator().manual_seed(seed)
+    history = train(
+        network, RBF(), x, x, NestedLoRA(), chosen, generator=generator, progress=False
+    )
+    return network, x, history
+
+
+def test_training_is_deterministic_and_leaves_the_global_generator_alone(generator):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first, _, history = short_run(generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(321)  # the global state must not matter either
+    second, _, again = short_run(generator)
+    other, _, _ = short_run(generator, seed=1)
+    assert history == again
+    state, twin = first.state_dict(), second.state_dict()
+    assert all(torch.equal(state[name], twin[name]) for name in state)
+    assert not torch.equal(state["linear.weight"], other.state_dict()["linear.weight"])
+
+
+def test_training_keeps_the_best_weights(generator):
+    # A rate so high that the objective goes up and down.
+    network, x, history = short_run(generator, learning_rate=0.5, steps=40)
+    assert min(history) < history[-1]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    value = held_out_loss(network, RBF(), x, x, order[:6], NestedLoRA())
+    assert value == pytest.approx(min(history))
+    assert not network.training
+
+
+def test_training_stops_without_progress(generator):
+    history = short_run(generator, learning_rate=0.5, steps=400, checks=200, patience=3)[2]
+    assert len(history) < 200
+    assert all(value >= min(history[:-3]) for value in history[-3:])
+
+
+def test_training_that_diverges_says_so(generator):
+    with pytest.raises(ValueError, match="never finite. Lower `learning_rate`"):
+        short_run(generator, learning_rate=1e30)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_training_needs_two_halves(n, generator):
+    x = torch.zeros(n, 2)
+    with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
+        train(
+            make_network(), RBF(), x, x, NestedLoRA(), Training(), generator=generator
+        )
+
+
+def test_network_standardizes_and_rebuilds():
+    network = make_network(k=3, dropout=0.2)
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    x[:, 1] = 7.0
+    network.standardize(x)
+    assert network.scale[1] == 1
+    twin = ResidualMLP(**network.settings())
+    twin.load_state_dict(network.state_dict())
+    assert torch.equal(twin.eval()(x), network.eval()(x))
+    assert network(x).shape == (30, 1, 3)
+    linear = ResidualMLP(2, (1, 3), depth=0)
+    assert [type(m) for m in linear.children()] == [nn.Linear]
