@@ -18,7 +18,7 @@ from ella.predictive import Link, LogitGaussian
 REACH = math.log(30.0)
 """How far T and the output scale may move from 1 (from σ²), in the log."""
 
-TEMPERATURE_SPREAD = 2.0
+TEMPERATURE_SPREAD = 3.0
 """Standard deviation of log T under the hyperprior."""
 
 
@@ -45,7 +45,7 @@ class ClassificationScore:
 
     labels: Tensor
     link: Link
-    scale_spread: float = 0.5
+    scale_spread: float = 1.0
 
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """Mean of −log p(y), with p floored at the smallest float of its dtype."""
@@ -203,7 +203,7 @@ def _compass(
     start: tuple[float, ...],
     origin: tuple[float, ...],
 ) -> tuple[tuple[float, ...], float]:
-    """Minimise by compass search: try ± each axis, move to the best, else halve the step.
+    """Compass search: try all 3^d − 1 directions, move to the best, else halve the step.
 
     The point stays within `REACH` of `origin` along each axis.
     """
@@ -221,8 +221,11 @@ def _compass(
 def _neighbours(
     point: tuple[float, ...], origin: tuple[float, ...], step: float
 ) -> Iterator[tuple[float, ...]]:
-    for axis, sign in product(range(len(point)), (-1, 1)):
+    # Diagonals too: more variance and a sharper mean trade off along a narrow valley.
+    for signs in product((-1, 0, 1), repeat=len(point)):
+        moved = (p + sign * step for p, sign in zip(point, signs, strict=True))
         # When a small validation set is classified without error, the score has no minimum: stop
         # where no useful temperature lies.
-        moved = min(max(point[axis] + sign * step, origin[axis] - REACH), origin[axis] + REACH)
-        yield (*point[:axis], moved, *point[axis + 1 :])
+        yield tuple(
+            min(max(m, at - REACH), at + REACH) for m, at in zip(moved, origin, strict=True)
+        )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -253,9 +253,12 @@ class ELLA(Predictor):
         Raises:
             ValueError: If the file is not from this library, or belongs to another model.
         """
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = (file.metadata() or {}).get("ella")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = (file.metadata() or {}).get("ella")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is no safetensors file: {error}.") from error
         settings = json.loads(metadata) if metadata else {}
         if settings.get("format") != FORMAT:
             raise ValueError(

@@ -18,9 +18,7 @@ def assert_near(actual, expected, tolerance=1e-10):
 
 
 def normal(*shape, seed=5):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture(params=NAMES)

@@ -23,3 +23,12 @@ def test_first_screen_installs_and_tests():
     installs = [line for line in lines if line.startswith("python -m pip install")]
     assert any("experiments/calibration.py" in line for line in installs)
     assert any("python -m pytest" in line for line in installs)
+
+
+def test_tables_match_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(README.parent / "experiments")
+    import tables
+
+    for page in tables.PAGES:
+        assert tables.fill(page.read_text()) == page.read_text(), page
+        assert "<!-- table:" in page.read_text()

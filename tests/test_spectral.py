@@ -34,9 +34,7 @@ def assert_near(actual, expected, tolerance=1e-10):
 
 
 def normal(*shape, seed=0):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class FiniteSpace:
@@ -366,9 +364,7 @@ def test_training_that_diverges_says_so(generator):
 def test_training_needs_two_halves(n, generator):
     x = torch.zeros(n, 2)
     with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
-        train(
-            make_network(), RBF(), x, x, NestedLoRA(), Training(), generator=generator
-        )
+        train(make_network(), RBF(), x, x, NestedLoRA(), Training(), generator=generator)
 
 
 def test_network_standardizes_and_rebuilds():

@@ -121,6 +121,7 @@ class NeuralEF:
         data = self._project(linearized, inputs, taps, generator, progress)
         psi_inputs = data.activations if self.network is None else inputs
         network = self._network(data, generator)
+        self._check_network(network, psi_inputs, data)
         options: dict[str, Any] = {"generator": generator, "progress": progress}
         if self.teacher is not None:
             target = data.kernel_features @ data.leading(self.rank)
@@ -148,6 +149,7 @@ class NeuralEF:
             ValueError: If the file was made with a network of the user's and none is given.
         """
         taps = FeatureTaps(linearized, [Tap(**tap) for tap in settings["taps"]])
+        network: nn.Module
         if settings["reads_inputs"]:
             if self.network is None:
                 raise ValueError(
@@ -156,16 +158,16 @@ class NeuralEF:
                 )
             network = copy.deepcopy(self.network)
         else:
-            network = ResidualMLP(**settings["network"])
-        network.load_state_dict(_with_prefix(tensors, "network."))
+            network = _rebuild(settings["network"])
         log_residual = None
         if settings["log_residual"] is not None:
-            log_residual = LogResidual(ResidualMLP(**settings["log_residual"]))
-            log_residual.load_state_dict(_with_prefix(tensors, "log_residual."))
+            log_residual = LogResidual(_rebuild(settings["log_residual"]))
         like = tensors["mixing"]
-        for module in (network, log_residual):
+        for name, module in (("network", network), ("log_residual", log_residual)):
             if module is not None:
-                module.to(like).eval().requires_grad_(False)
+                # In the file's dtype first, so that no digit of the weights is lost.
+                module.to(like).load_state_dict(_with_prefix(tensors, f"{name}."))
+                module.eval().requires_grad_(False)
         return NeuralFeatures(
             taps, network, like, log_residual, reads_inputs=settings["reads_inputs"]
         )
@@ -239,13 +241,17 @@ class NeuralEF:
         network.to(data.activations).standardize(data.activations)
         return network
 
-    def _ritz(self, psi: Tensor, data: "_KernelData") -> Tensor:
-        """A√μ, shape (k, k'): Rayleigh-Ritz with E[ψᵀTψ] = WWᵀ, W = E[ψᵀS]."""
+    def _check_network(self, network: nn.Module, inputs: Inputs, data: "_KernelData") -> None:
+        with torch.no_grad():
+            psi = network.eval()(take(inputs, slice(2)))
         c = data.diagonal.shape[1]
         if psi.shape[1:] != (c, self.rank):
             raise ValueError(
                 f"`network` must return (n, c, k) = (n, {c}, {self.rank}); got {tuple(psi.shape)}."
             )
+
+    def _ritz(self, psi: Tensor, data: "_KernelData") -> Tensor:
+        """A√μ, shape (k, k'): Rayleigh-Ritz with E[ψᵀTψ] = WWᵀ, W = E[ψᵀS]."""
         flat, s = psi.double().flatten(0, 1), data.kernel_features.flatten(0, 1)
         w = flat.new_zeros(self.rank, s.shape[1])
         for part in slices(len(s), 2**16):  # float64 copies of S, a part at a time
@@ -428,6 +434,11 @@ def _probes(linearized: Linearized, generator: torch.Generator) -> Tensor:
     shape = (PROBES, linearized.num_parameters)
     signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
     return (2 * signs - 1).to(linearized.device, linearized.dtype)
+
+
+def _rebuild(settings: dict[str, Any]) -> ResidualMLP:
+    """A network to load weights into; its own come from no generator that anyone else uses."""
+    return ResidualMLP(**settings, generator=torch.Generator())
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,59 @@
+"""Put the tables of the result files into the READMEs: no number there is typed by hand.
+
+    python experiments/tables.py           # rewrite README.md and experiments/README.md
+    python experiments/tables.py --check   # fail if they are out of date
+
+A block `<!-- table:NAME -->` ... `<!-- /table -->` gets the table of
+`experiments/results/NAME.json` and a line that says what was run, and where.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from _report import COLUMNS, Column, load_results, markdown_table
+
+EXPERIMENTS = Path(__file__).parent
+PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md")
+BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+FIDELITY_COLUMNS = (
+    Column("energy", "energy", ".3f", "max"),
+    Column("kernel_error", "kernel error", ".3f", "min"),
+    Column("block_error", "block error", ".3f", "min"),
+    Column("log_trace", "log trace r", ".3f", "max"),
+    Column("fit_seconds", "fit s", ".1f", spread=False),
+)
+
+
+def table(name: str) -> str:
+    """The table of one result file and the line below it."""
+    results = load_results(EXPERIMENTS / "results" / f"{name}.json")
+    columns = FIDELITY_COLUMNS if name.startswith("eigenfunctions") else COLUMNS
+    rows, machine = results["rows"], results["environment"]
+    seeds = sorted({row["seed"] for row in rows})
+    where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
+    ran = f"seeds {seeds[0]} to {seeds[-1]}; torch {machine['torch']}; {where}"
+    return f"{markdown_table(rows, columns)}\n\nMean ± standard deviation; {ran}.\n"
+
+
+def fill(text: str) -> str:
+    """A page with all its tables made anew."""
+    return BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite, or check, both pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    for page in PAGES:
+        old = page.read_text()
+        new = fill(old)
+        if args.check and new != old:
+            sys.exit(f"{page.name} is out of date: run python experiments/tables.py")
+        page.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
