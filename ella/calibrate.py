@@ -145,9 +145,8 @@ def search(
         raise ValueError(
             "The validation NLL of the model itself is not finite. Check its outputs."
         )
-    (scale,), scaled_nll = _compass(
-        lambda logs: score(plain, 0.0, math.exp(logs[0])), *[(math.log(initial_scale),)] * 2
-    )
+    at = (math.log(initial_scale),)
+    (scale,), scaled_nll = _compass(lambda logs: score(plain, 0.0, math.exp(logs[0])), at, at)
     best = min(
         (map_nll, largest, 0.0, initial_scale),
         (scaled_nll, largest, 0.0, math.exp(scale)),
@@ -164,12 +163,13 @@ def search(
         return sum(((log - at) / spread) ** 2 for log, at, spread in terms) / (2 * n)
 
     def optimise_at(precision: float, start: tuple[float, ...]) -> tuple[float, ...]:
-        gaussian = gaussian_at(precision)
+        gaussian = gaussian_at(precision).compressed()
 
         def objective(logs: tuple[float, ...]) -> float:
             return score(gaussian, math.exp(logs[0]), math.exp(logs[1])) + penalty(logs)
 
-        logs, value = _compass(objective, start, origin)
+        # The neighbour's optimum is near: a smaller first step than from nowhere.
+        logs, value = _compass(objective, start, origin, step=0.4 if found else 1.0)
         found[precision] = (value, logs)
         return logs
 
@@ -202,12 +202,13 @@ def _compass(
     function: Callable[[tuple[float, ...]], float],
     start: tuple[float, ...],
     origin: tuple[float, ...],
+    step: float = 1.0,
 ) -> tuple[tuple[float, ...], float]:
     """Compass search: try all 3^d − 1 directions, move to the best, else halve the step.
 
     The point stays within `REACH` of `origin` along each axis.
     """
-    point, value, step = start, function(start), 1.0
+    point, value = start, function(start)
     while step > 0.05:
         neighbours = [(function(p), p) for p in _neighbours(point, origin, step)]
         best_value, best_point = min(neighbours)

@@ -49,16 +49,39 @@ class LogitGaussian:
             self, mean=self.mean / logit_temperature, factor=self.factor * scale, residual=residual
         )
 
+    def compressed(self) -> "LogitGaussian":
+        """The same Gaussian with a (c, c) factor and no residual, if that is smaller.
+
+        Draws in c dimensions instead of k + c can have exact second moments (`sample`), which
+        makes averages over them far more accurate. For k ≤ c nothing is done, so that c = 1000
+        never needs (c, c) matrices.
+        """
+        c, k = self.factor.shape[1:]
+        if k < c or (k == c and self.residual is None):
+            return self
+        # Half precision has no Cholesky factorisation.
+        wide = torch.promote_types(self.factor.dtype, torch.float32)
+        covariance = self.covariance().to(wide)
+        scale = covariance.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
+        jitter = 1e-6 * scale.clamp_min(torch.finfo(scale.dtype).tiny * 1e8)
+        eye = torch.eye(c, dtype=scale.dtype, device=scale.device)
+        factor, info = torch.linalg.cholesky_ex(covariance + jitter * eye)
+        if info.any():
+            factor = _root(covariance)
+        return LogitGaussian(self.mean, factor.to(self.factor.dtype))
+
     def sample(self, num_samples: int, seed: int = 0) -> Tensor:
         """Draw logits, shape (num_samples, n, c).
 
-        The standard normals are antithetic pairs (their mean is exactly 0) and are shared by all
-        examples: sample s is one posterior function evaluated at n inputs. Each example's draw
-        depends on `seed` alone, so the result does not change with how the data are batched.
+        The standard normals are antithetic pairs (their mean is exactly 0), have the identity as
+        their second moment if there are enough of them, and are shared by all examples: sample s
+        is one posterior function evaluated at n inputs. They depend on `seed` alone, so the
+        result does not change with how the data are batched.
         """
         n, c, k = self.factor.shape
-        # Whitened in float64 on the CPU, so that one seed means the same draws on every device.
-        normals = _antithetic_normals(num_samples, k + c, seed).to(self.factor)
+        # In float64 on the CPU, so that one seed means the same draws on every device.
+        extra_dims = 0 if self.residual is None else c
+        normals = _standard_normals(num_samples, k + extra_dims, seed).to(self.factor)
         noise = (self.factor.reshape(n * c, k) @ normals[:, :k].T).reshape(n, c, num_samples)
         if self.residual is not None:
             root = _root(self.residual)
@@ -67,9 +90,13 @@ class LogitGaussian:
         return self.mean + noise.permute(2, 0, 1)
 
 
-def _antithetic_normals(num_samples: int, dim: int, seed: int) -> Tensor:
+def _standard_normals(num_samples: int, dim: int, seed: int) -> Tensor:
+    """Antithetic pairs, whitened if there are more pairs than dimensions: (num_samples, dim)."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn((num_samples + 1) // 2, dim, generator=generator, dtype=torch.float64)
+    if len(half) > dim > 0:
+        cholesky = torch.linalg.cholesky(half.T @ half / len(half))
+        half = torch.linalg.solve_triangular(cholesky, half.T, upper=False).T
     return torch.cat([half, -half])[:num_samples]
 
 
@@ -102,7 +129,8 @@ class MonteCarlo:
 
     def __call__(self, gaussian: LogitGaussian) -> Tensor:
         """Probabilities of shape (n, c)."""
-        return gaussian.sample(self.num_samples, self.seed).softmax(-1).mean(0)
+        draws = gaussian.compressed().sample(self.num_samples, self.seed)
+        return draws.softmax(-1).mean(0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +220,7 @@ def entropy(probs: Tensor) -> Tensor:
 
 def uncertainty(gaussian: LogitGaussian, num_samples: int = 128, seed: int = 0) -> Uncertainty:
     """All scores of n examples from one set of draws (see `Uncertainty`)."""
-    draws = gaussian.sample(num_samples, seed).softmax(-1)
+    draws = gaussian.compressed().sample(num_samples, seed).softmax(-1)
     probs = draws.mean(0)
     total = entropy(probs)
     return Uncertainty(

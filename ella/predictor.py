@@ -176,8 +176,9 @@ class Predictor(ABC):
                 "the mean and covariance of the outputs, and hyperparameters.noise_variance."
             )
         to_probabilities = make_link(link, n_samples, self.seed)
-        parts = [to_probabilities(gaussian) for gaussian in self._gaussians(x)]
-        return torch.cat(parts)
+        if self._require_fitted().temperature == 0:  # no posterior: links only approximate softmax
+            return torch.cat([gaussian.mean.softmax(-1) for gaussian in self._gaussians(x)])
+        return torch.cat([to_probabilities(gaussian) for gaussian in self._gaussians(x)])
 
     def predict(self, x: Inputs | Iterable[Any]) -> Tensor:
         """The most probable class, shape (n,); for regression the mean output, shape (n, c)."""

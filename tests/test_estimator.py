@@ -376,7 +376,7 @@ def test_a_network_of_the_users_own(setting, tmp_path):
     assert all(torch.equal(t, kept[name]) for name, t in network.state_dict().items())
     probs = ella.predict_proba(setting.test_x)
     ella.save(tmp_path / "ella.safetensors")
-    with pytest.raises(ValueError, match="custom eigen-network. Pass `eigenfunctions="):
+    with pytest.raises(ValueError, match=r"custom eigen-network. Pass `eigenfunctions="):
         ELLA.load(tmp_path / "ella.safetensors", setting.model)
     again = ELLA.load(
         tmp_path / "ella.safetensors",
@@ -593,18 +593,18 @@ def test_more_eigenfunctions_than_the_data_carry(setting, method):
 
 
 def test_exact_residual_of_networks(setting):
-    with pytest.raises(ValueError, match='NeuralEF learns the diagonal.*use residual="diag"'):
+    with pytest.raises(ValueError, match=r'NeuralEF learns the diagonal.*use residual="diag"'):
         setting.fit("neural", residual="exact")
 
 
 def test_last_layer_of_a_model_without_one(setting):
     model = nn.Sequential(setting.model, nn.Tanh())
-    with pytest.raises(ValueError, match="outputs come straight from an nn.Linear"):
+    with pytest.raises(ValueError, match=r"outputs come straight from an nn.Linear"):
         ELLA(model, eigenfunctions=LastLayer(), progress=False).fit(setting.loader)
 
 
 def test_nystrom_says_when_rows_do_not_fit(setting):
-    with pytest.raises(ValueError, match="over 16 times the memory budget. Lower `subsample`"):
+    with pytest.raises(ValueError, match=r"over 16 times the memory budget. Lower `subsample`"):
         setting.fit(memory_budget=64)
 
 

@@ -1,4 +1,4 @@
-"""ELLA against dense linearized Laplace in float64: equal, bounded or ordered as the maths says."""
+"""ELLA against dense linearized Laplace (float64): equal, bounded or ordered as theory says."""
 
 import copy
 from dataclasses import replace

@@ -43,7 +43,7 @@ def parts_used(path):
                 used.add(module.split(".")[1])
         elif isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
-            used |= {(name + [""])[1] for name in names if name[0] == "ella"}
+            used |= {[*name, ""][1] for name in names if name[0] == "ella"}
     return used
 
 

@@ -193,7 +193,7 @@ def test_variance_makes_predictions_less_sure(name):
 
 
 def test_bad_links():
-    with pytest.raises(ValueError, match="`link` must be one of .*got 'logit'"):
+    with pytest.raises(ValueError, match=r"`link` must be one of .*got 'logit'"):
         make_link("logit", 8, 0)
     with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
         make_link("mc", 0, 0)
@@ -226,7 +226,7 @@ def test_scores_keep_their_bounds(residual, scale):
 
 def test_mutual_information_is_what_the_weights_add():
     gaussian = make_gaussian("diag")
-    draws = gaussian.sample(32).softmax(-1)
+    draws = gaussian.compressed().sample(32).softmax(-1)
     each = torch.stack([torch.stack([-(p * p.log()).sum() for p in draw]) for draw in draws])
     mean = draws.mean(0)
     expected = -(mean * mean.log()).sum(-1) - each.mean(0)
@@ -240,3 +240,15 @@ def test_scores_survive_logits_that_saturate():
     scores = uncertainty(gaussian, 8)
     assert all(torch.isfinite(value).all() for value in vars(scores).values())
     assert scores.entropy == 0
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_compression_keeps_the_covariance_and_its_draws_have_it(residual):
+    gaussian = make_gaussian(residual)
+    small = gaussian.compressed()
+    assert small.factor.shape[-1] <= max(gaussian.factor.shape[-1], C)
+    torch.testing.assert_close(small.covariance(), gaussian.covariance(), rtol=1e-5, atol=1e-5)
+    if small.residual is None and small.factor.shape[-1] == C:
+        noise = small.sample(64) - small.mean  # more pairs than dimensions: exact moments
+        second = torch.einsum("snc,snd->ncd", noise, noise) / 64
+        torch.testing.assert_close(second, small.covariance(), rtol=1e-9, atol=1e-9)

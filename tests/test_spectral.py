@@ -356,7 +356,7 @@ def test_training_stops_without_progress(generator):
 
 
 def test_training_that_diverges_says_so(generator):
-    with pytest.raises(ValueError, match="never finite. Lower `learning_rate`"):
+    with pytest.raises(ValueError, match=r"never finite. Lower `learning_rate`"):
         short_run(generator, learning_rate=1e30)
 
 
