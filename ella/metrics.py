@@ -238,9 +238,21 @@ def _calibration_error(name: str, probs: Tensor, labels: Tensor, num_bins: int) 
     # netcal gets (confidence, correct), not probs: with probs it would measure class 1 instead
     # of the top label whenever only two classes occur among the labels.
     confidence, correct = _top_label(probs, labels)
+    if name == "ACE":
+        confidence = _without_ties(confidence)
     # Without equal_intervals=False netcal's ACE is an average over bins of equal width.
     metric = getattr(_imported("netcal.metrics"), name)(num_bins, equal_intervals=name != "ACE")
     return float(metric.measure(confidence.numpy(), correct.numpy()))
+
+
+def _without_ties(confidence: Tensor) -> Tensor:
+    """Confidences moved by at most 1e-9 so that no two are equal, the order being kept.
+
+    A confident network puts many at exactly 1.0, where bins of equal mass would have no width.
+    """
+    wide = confidence.double()
+    ranks = wide.argsort(stable=True).argsort().double()
+    return wide * (1 - 1e-9) + 1e-9 * ranks / len(wide)
 
 
 def _detection(scores_in: Tensor, scores_out: Tensor) -> tuple["NDArray[Any]", "NDArray[Any]"]:

@@ -70,6 +70,13 @@ COLUMNS = (
     Column("predict_ratio", "predict × MAP", ".2f", spread=False),
     Column("state_bytes", "state bytes", ",.0f", spread=False),
 )
+FIDELITY_COLUMNS = (
+    Column("energy", "energy", ".3f", "max"),
+    Column("kernel_error", "kernel error", ".3f", "min"),
+    Column("block_error", "block error", ".3f", "min"),
+    Column("log_trace", "log trace r", ".3f", "max"),
+    Column("fit_seconds", "fit s", ".1f", spread=False),
+)
 
 
 def environment() -> dict[str, Any]:

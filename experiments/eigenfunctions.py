@@ -19,21 +19,13 @@ from typing import Any
 import torch
 from _data import DATASETS, load_task
 from _models import DigitsNet, checkpoint_path, load_model, train_classifier
-from _report import Column, markdown_table, save_results, timed
+from _report import FIDELITY_COLUMNS, markdown_table, save_results, timed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ella import NestedLoRA, NeuralEF, NeuralEFObjective, Nystrom, Training
 from ella.eigenfunctions import EigenfunctionMethod, Features
 from ella.linearize import Linearized
-
-COLUMNS = (
-    Column("energy", "energy", ".3f", "max"),
-    Column("kernel_error", "kernel error", ".3f", "min"),
-    Column("block_error", "block error", ".3f", "min"),
-    Column("log_trace", "log trace r", ".3f", "max"),
-    Column("fit_seconds", "fit s", ".1f", spread=False),
-)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -135,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             figures = fidelity(kernel, fitted(held))
             rows.append({"method": name, "seed": seed, "fit_seconds": fit_seconds, **figures})
             save_results(stem.with_suffix(".json"), vars(args), rows)
-        print(markdown_table(rows, COLUMNS), flush=True)
-    stem.with_suffix(".md").write_text(markdown_table(rows, COLUMNS) + "\n")
+        print(markdown_table(rows, FIDELITY_COLUMNS), flush=True)
+    stem.with_suffix(".md").write_text(markdown_table(rows, FIDELITY_COLUMNS) + "\n")
 
 
 if __name__ == "__main__":

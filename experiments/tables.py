@@ -12,18 +12,11 @@ import re
 import sys
 from pathlib import Path
 
-from _report import COLUMNS, Column, load_results, markdown_table
+from _report import COLUMNS, FIDELITY_COLUMNS, load_results, markdown_table
 
 EXPERIMENTS = Path(__file__).parent
 PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md")
 BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-FIDELITY_COLUMNS = (
-    Column("energy", "energy", ".3f", "max"),
-    Column("kernel_error", "kernel error", ".3f", "min"),
-    Column("block_error", "block error", ".3f", "min"),
-    Column("log_trace", "log trace r", ".3f", "max"),
-    Column("fit_seconds", "fit s", ".1f", spread=False),
-)
 
 
 def table(name: str) -> str:

@@ -184,3 +184,11 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "netcal.metrics", None)
     with pytest.raises(ImportError, match=r'netcal: pip install "ella\[metrics\]"'):
         metrics.expected_calibration_error(PROBS, LABELS)
+
+
+def test_adaptive_error_with_many_confidences_of_one():
+    probs = torch.tensor([[1.0, 0.0]] * 300 + [[0.6, 0.4]] * 10)
+    labels = torch.zeros(310, dtype=torch.long)
+    labels[:30] = 1  # a tenth of the certain ones are wrong
+    value = metrics.adaptive_calibration_error(probs, labels, num_bins=2)
+    assert 0.05 < value < 0.25
