@@ -18,7 +18,7 @@ from ella.predictive import Link, LogitGaussian
 REACH = math.log(30.0)
 """How far T and the output scale may move from 1 (from σ²), in the log."""
 
-TEMPERATURE_SPREAD = 3.0
+TEMPERATURE_SPREAD = 2.0
 """Standard deviation of log T under the hyperprior."""
 
 
@@ -45,7 +45,7 @@ class ClassificationScore:
 
     labels: Tensor
     link: Link
-    scale_spread: float = 1.0
+    scale_spread: float = 0.5
 
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """Mean of −log p(y), with p floored at the smallest float of its dtype."""
