@@ -64,6 +64,7 @@ COLUMNS = (
     Column("nll", "NLL", ".4f", "min"),
     Column("brier", "Brier", ".4f"),
     Column("ece", "ECE", ".4f", "min"),
+    Column("ece_floor", "ECE if calibrated", ".4f", spread=False),
     Column("ace", "ACE", ".4f"),
     Column("auroc", "OOD AUROC", ".3f", "max"),
     Column("fit_seconds", "fit s", ".1f", spread=False),

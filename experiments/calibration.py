@@ -30,7 +30,7 @@ from ella.baselines import (
     NystromLaplace,
     TemperatureScaling,
 )
-from ella.metrics import auroc, evaluate, reliability_diagram
+from ella.metrics import auroc, evaluate, expected_calibration_error, reliability_diagram
 
 FIGURE_METHODS = ("MAP", "temperature scaling", "last-layer Laplace, Kronecker", "ELLA, NeuralEF")
 
@@ -138,11 +138,20 @@ def score(method: Predictor, name: str, task: Task, device: str) -> tuple[dict[s
     return {
         "method": name,
         **evaluate(probs, labels),
+        "ece_floor": ece_if_calibrated(probs),
         **aurocs,
         "auroc": sum(aurocs.values()) / len(aurocs),
         "predict_ratio": ratio,
         "state_bytes": method.state_bytes,
     }, probs
+
+
+def ece_if_calibrated(probs: Tensor, draws: int = 20) -> float:
+    """Mean ECE when the labels are drawn from the predictions: what sampling alone makes of it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(probs, draws, replacement=True, generator=generator)
+    errors = [expected_calibration_error(probs, column) for column in labels.T]
+    return sum(errors) / draws
 
 
 def entropies(method: Predictor, images: Tensor, device: str) -> Tensor:
