@@ -65,7 +65,8 @@ class ELLA(Predictor):
         temperature: T, multiplies the posterior covariance.
         logit_temperature: τ, divides the logits.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
-        residual: "diag", "exact" (full c×c blocks; not for NeuralEF) or "none" (the paper's).
+        residual: "diag", "none" (the paper's), full c×c blocks as "exact" (Nystrom, LastLayer) or
+            as a learned "factor" (NeuralEF).
         seed: Seed of everything random; the same seed gives the same result.
         progress: Whether to show progress bars.
         memory_budget: Bytes that one Jacobian product may take (`Linearized`).

@@ -12,7 +12,10 @@ from ella._checks import Inputs, take
 from ella.linearize import Linearized
 
 MAX_WIDTH = 2048
-"""Vector activations wider than this are not tapped."""
+"""Vector activations wider than this are not tapped, nor more features than this of one stage."""
+STATISTICS = 3
+"""Numbers that `Tap` makes of one channel without a grid: mean, deviation, share above zero."""
+NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,30 @@ class Tap:
         module: Name of the module in `model.named_modules()`.
         side: Its "input" or its "output".
         channels_first: Whether axis 1 holds the channels; else the last axis does.
+        grid: Means of an image activation are taken in each cell of a grid×grid division of it:
+            where something is matters.
     """
 
     module: str
     side: str
     channels_first: bool
+    grid: int = 2
 
     def pool(self, activation: Tensor) -> Tensor:
-        """Means and standard deviations over the positions, or the vector itself: (n, d).
+        """Means, standard deviations and shares above zero of each channel, or the vector: (n, d).
 
-        The means of an image activation are taken in each quarter: where something is matters.
+        The share above zero is, before a ReLU, the share of positions that gradients pass.
         """
         if activation.ndim == 2:
             return activation
         channels = activation if self.channels_first else activation.movedim(-1, 1)
-        spread = channels.flatten(2).std(-1, correction=0)
-        if channels.ndim == 4 and min(channels.shape[2:]) > 1:
-            means = nn.functional.adaptive_avg_pool2d(channels, 2).flatten(1)
+        flat = channels.flatten(2)
+        spread, active = flat.std(-1, correction=0), (flat > 0).to(flat).mean(-1)
+        if channels.ndim == 4 and min(channels.shape[2:]) >= self.grid > 1:
+            means = nn.functional.adaptive_avg_pool2d(channels, self.grid).flatten(1)
         else:
-            means = channels.flatten(2).mean(-1)
-        return torch.cat([means, spread], dim=1)
+            means = flat.mean(-1)
+        return torch.cat([means, spread, active], dim=1)
 
 
 class FeatureTaps:
@@ -91,12 +98,38 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
 
     Activations are grouped into stages, runs of one shape, and the last one of each stage is
     taken, the latest `most` stages; a model with few stages (a transformer, an MLP) adds one in
-    the middle of each. The input of the last linear layer, the penultimate features, comes last.
+    the middle of each. Of the last stage of a convolution net, whose weights carry most of the
+    Jacobian, the normalisation layers and blocks are added, the latest first, up to `MAX_WIDTH`
+    features. The input of the last linear layer, the penultimate features, comes last.
 
     Args:
         linearized: The model.
         x: Any inputs; one example is run.
         most: Upper limit of the number of stages.
+    """
+    seen = _activations(linearized, x)
+    runs: list[list[str]] = []
+    previous = None
+    for name, shape in seen:
+        if shape != previous:
+            runs.append([])
+        runs[-1].append(name)
+        previous = shape
+    chosen = [run[-1] for run in runs[-most:]]
+    if len(runs) < 3:
+        chosen = [name for run in runs for name in (run[len(run) // 2], run[-1])]
+    first = not _channels_last(linearized.model)
+    taps = [Tap(name, "output", first) for name in dict.fromkeys(chosen)]
+    if first:
+        taps += _last_stage(linearized.model, seen, set(chosen))
+    last = last_linear(linearized, x)
+    return [*taps, Tap(last, "input", first)] if last is not None else taps
+
+
+def _activations(linearized: Linearized, x: Inputs) -> list[tuple[str, torch.Size]]:
+    """Modules and the shapes of their outputs, as they ran: vectors, and anything with positions.
+
+    The logits and vectors wider than `MAX_WIDTH` are left out.
     """
     model = linearized.model
     names = {module: name for name, module in model.named_modules()}
@@ -110,22 +143,31 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
 
     with hooked([(module, note) for module in model.modules()]):
         logits = linearized(take(x, slice(1)))
-    runs: list[list[str]] = []
-    previous = None
-    for name, shape in seen:
-        if shape == logits.shape[1:] or (len(shape) == 1 and shape[0] > MAX_WIDTH):
+    return [
+        (name, shape)
+        for name, shape in seen
+        if shape != logits.shape[1:] and (len(shape) > 1 or shape[0] <= MAX_WIDTH)
+    ]
+
+
+def _last_stage(
+    model: nn.Module, seen: list[tuple[str, torch.Size]], chosen: set[str]
+) -> list[Tap]:
+    """Normalisation layers and blocks of the last stage that has positions."""
+    spatial = [(name, shape) for name, shape in seen if len(shape) > 1]
+    room, taps = MAX_WIDTH, []
+    for name, shape in reversed(spatial):
+        module = model.get_submodule(name)
+        is_block = any(module.children()) and not isinstance(module, nn.Sequential)
+        if shape != spatial[-1][1] or name in chosen:
             continue
-        if shape != previous:
-            runs.append([])
-        runs[-1].append(name)
-        previous = shape
-    chosen = [run[-1] for run in runs[-most:]]
-    if len(runs) < 3:
-        chosen = [name for run in runs for name in (run[len(run) // 2], run[-1])]
-    first = not _channels_last(model)
-    taps = [Tap(name, "output", first) for name in dict.fromkeys(chosen)]
-    last = last_linear(linearized, x)
-    return [*taps, Tap(last, "input", first)] if last is not None else taps
+        if is_block or isinstance(module, NORMALISATIONS):
+            room -= STATISTICS * shape[0]
+            if room < 0:
+                break
+            chosen.add(name)
+            taps.append(Tap(name, "output", channels_first=True, grid=1))
+    return taps
 
 
 def last_linear(linearized: Linearized, x: Inputs) -> str | None:

@@ -20,6 +20,7 @@ from ella import (
     Perturb,
     Training,
 )
+from ella.linearize import Linearized
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. the best prior precision")
 
@@ -396,7 +397,7 @@ def test_a_network_of_the_wrong_shape(setting, network, phase):
 
 
 @pytest.mark.parametrize("objective", [NestedLoRA(), NeuralEFObjective()], ids=repr)
-@pytest.mark.parametrize("residual", ["diag", "none"])
+@pytest.mark.parametrize("residual", ["diag", "factor", "none"])
 def test_neural_eigenfunctions_stay_within_the_kernel(setting, objective, residual):
     method = neural(objective=objective, teacher=None, training=SHORT, augment=None)
     ella = setting.fit(method, residual=residual)
@@ -405,8 +406,85 @@ def test_neural_eigenfunctions_stay_within_the_kernel(setting, objective, residu
     assert torch.equal(logits, ella.linearized(setting.test_x))
     if residual == "none":
         assert outside is None
+    elif residual == "factor":
+        assert torch.linalg.eigvalsh(outside).min() > -1e-12
     else:
         assert (outside > 0).all()
+
+
+def test_one_sample_serves_several_ranks_and_residuals(setting):
+    method = neural()
+    linearized = Linearized(setting.model)
+    sample = method.sample(linearized, setting.loader, seed=0, progress=False)
+    for residual in ("diag", "factor"):
+        fitted = method.fit(linearized, setting.loader, residual=residual, seed=0, progress=False)
+        learned = method.learn(sample, residual=residual, seed=0, progress=False)
+        for one, two in zip(fitted(setting.test_x), learned(setting.test_x), strict=True):
+            assert torch.equal(one, two)
+    fitted = neural(rank=2).learn(sample, residual="none", seed=0, progress=False)
+    assert fitted(setting.test_x).phi.shape == (7, CLASSES, 2)
+    with pytest.raises(ValueError, match="`rank` is 40, but the sampled rows"):
+        neural(rank=40).learn(sample, residual="none", seed=0, progress=False)
+
+
+def test_the_sample_holds_the_kernel(setting):
+    """S spans the sampled rows: all of them make SSᵀ = κ, and fewer less."""
+    linearized = Linearized(setting.model)
+    method = neural(num_directions=64, augment=None)
+    sample = method.sample(linearized, setting.loader, seed=0, progress=False)
+    exact = linearized.kernel_blocks(sample.inputs) * sample.scale**2
+    torch.testing.assert_close(sample.blocks, exact)
+    torch.testing.assert_close(sample.diagonal, exact.diagonal(dim1=1, dim2=2))
+    inside = sample.kernel_features @ sample.kernel_features.mT
+    assert torch.linalg.eigvalsh(exact - inside).min() > -1e-6 * exact.abs().max()
+    phi = sample.teacher(3).flatten(0, 1)
+    torch.testing.assert_close(
+        phi.T @ phi, torch.diag((phi.T @ phi).diagonal()), atol=1e-8, rtol=0
+    )
+
+
+def test_a_learned_factor_approaches_the_blocks():
+    """With enough of everything, φφᵀ + LLᵀ is nearer to κ(x, x) than with a diagonal."""
+    setting = Setting()
+    method = neural(
+        rank=3, num_directions=24, num_inputs=400, width=64, teacher=Training(steps=600)
+    )
+    exact = Linearized(setting.model).kernel_blocks(setting.x)
+    errors = {}
+    for residual in ("diag", "factor"):
+        _, phi, outside = setting.fit(method, residual=residual).features(setting.x)
+        found = phi @ phi.mT + (outside if outside.ndim == 3 else torch.diag_embed(outside))
+        distance = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        errors[residual] = distance.mean().item()
+    assert errors["factor"] < 0.25
+    assert errors["factor"] < 0.8 * errors["diag"]
+
+
+def test_a_learned_factor_is_bounded(setting):
+    """Far from everything that was seen, the trace stays below e times the largest one seen."""
+    ella = setting.fit("neural", residual="factor")
+    residual = ella._fitted().eigenfunctions.residual
+    wild = 1e3 * torch.randn(50, residual.network.num_inputs, dtype=torch.float64)
+    traces = residual(wild).diagonal(dim1=1, dim2=2).sum(-1)
+    bound = (residual.highest + 1).exp()
+    assert traces.max() <= bound * (1 + 1e-9)
+    assert traces.max() > 0.99 * bound
+
+
+def test_a_learned_factor_is_saved(setting, tmp_path):
+    ella = setting.fit("neural", residual="factor")
+    ella.save(tmp_path / "ella.safetensors")
+    loaded = ELLA.load(tmp_path / "ella.safetensors", setting.model, progress=False)
+    for one, two in zip(
+        ella.features(setting.test_x), loaded.features(setting.test_x), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("method", ["nystrom", "last layer"])
+def test_a_factor_is_for_networks_only(setting, method):
+    with pytest.raises(ValueError, match=r'residual="factor" is learned.*residual="exact"'):
+        setting.fit(method, residual="factor")
 
 
 def test_neural_features_approach_the_kernel():
@@ -473,6 +551,17 @@ def test_perturb_leaves_what_is_not_real_alone(generator):
 def test_perturb_of_nothing_is_nothing(generator):
     x = torch.randn(6, 1, 5, 5, generator=generator, dtype=torch.float64)
     assert torch.equal(Perturb(mix=0, noise=0)(x[:, 0, 0], generator), x[:, 0, 0])
+
+
+def test_perturb_blurs_a_fifth_of_the_images(generator):
+    """A blur keeps constants, and makes an image smoother."""
+    method = Perturb(crop=1, mix=0, noise=0)
+    x = torch.randn(500, 3, 12, 12, generator=generator, dtype=torch.float64)
+    still = method._blur(x, generator)
+    changed = (still - x).abs().flatten(1).amax(1) > 1e-3
+    assert 0.1 < changed.double().mean() < 0.25
+    assert (still[changed].std((2, 3)) <= x[changed].std((2, 3)) + 1e-12).all()
+    torch.testing.assert_close(method._blur(torch.ones_like(x), generator), torch.ones_like(x))
 
 
 # Bad input
@@ -593,7 +682,7 @@ def test_more_eigenfunctions_than_the_data_carry(setting, method):
 
 
 def test_exact_residual_of_networks(setting):
-    with pytest.raises(ValueError, match=r'NeuralEF learns the diagonal.*use residual="diag"'):
+    with pytest.raises(ValueError, match=r'NeuralEF learns the residual.*use residual="diag"'):
         setting.fit("neural", residual="exact")
 
 

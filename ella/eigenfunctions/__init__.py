@@ -5,6 +5,7 @@ from ella.eigenfunctions.base import EigenfunctionMethod, Eigenfunctions, Featur
 from ella.eigenfunctions.last_layer import LastLayer, LastLayerFeatures
 from ella.eigenfunctions.neuralef import NeuralEF, NeuralFeatures
 from ella.eigenfunctions.nystrom import JacobianProjection, Nystrom
+from ella.eigenfunctions.sample import KernelSample
 
 __all__ = [
     "Augmentation",
@@ -12,6 +13,7 @@ __all__ = [
     "Eigenfunctions",
     "Features",
     "JacobianProjection",
+    "KernelSample",
     "LastLayer",
     "LastLayerFeatures",
     "NeuralEF",

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ella._checks import Inputs
+from ella._checks import Inputs, check_choice
 from ella.linearize import Linearized
 
-RESIDUALS = ("diag", "exact", "none")
+RESIDUALS = ("diag", "exact", "factor", "none")
+PRODUCT_RESIDUALS = ("diag", "exact", "none")
+"""Those of the methods that make Jacobian products and so need to learn nothing."""
 
 
 class Features(NamedTuple):
@@ -57,3 +59,17 @@ class EigenfunctionMethod(Protocol):
         self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
     ) -> Eigenfunctions:
         """Rebuild what `fit` returned from its `tensors()` and `settings()`."""
+
+
+def check_product_residual(residual: str) -> None:
+    """Methods that make Jacobian products give "diag", "exact" or "none".
+
+    Raises:
+        ValueError: For anything else, "factor" included.
+    """
+    if residual == "factor":
+        raise ValueError(
+            'residual="factor" is learned, by NeuralEF alone. This method has the real one: use '
+            'residual="exact".'
+        )
+    check_choice("residual", residual, PRODUCT_RESIDUALS)

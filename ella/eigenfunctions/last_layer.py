@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, check_choice
-from ella.eigenfunctions.base import RESIDUALS, Features
+from ella._checks import Inputs, batches
+from ella.eigenfunctions.base import Features, check_product_residual
 from ella.features import FeatureTaps, Tap, last_linear
 from ella.linearize import Linearized
 
@@ -61,7 +61,7 @@ class LastLayerFeatures:
     """
 
     def __init__(self, linearized: Linearized, layer: str, residual: str) -> None:
-        check_choice("residual", residual, RESIDUALS)
+        check_product_residual(residual)
         self.linearized = linearized
         self.layer = layer
         self.residual = residual

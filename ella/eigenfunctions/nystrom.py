@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ella._checks import Inputs, batches, check_choice, num_examples, take
-from ella.eigenfunctions.base import RESIDUALS, Features
+from ella.eigenfunctions.base import Features, check_product_residual
 from ella.linearize import Linearized
-from ella.spectral.nystrom import leading_eigenpairs
+from ella.spectral.nystrom import leading_eigenpairs, row_gram
 
 OUTPUTS = ("random", "all")
 
@@ -62,7 +62,7 @@ class Nystrom:
                 times the memory budget.
         """
         rows = self._sample_rows(linearized, loader, seed, progress)
-        values, vectors = leading_eigenpairs(_gram(rows), self.rank)
+        values, vectors = leading_eigenpairs(row_gram(rows), self.rank)
         directions = (vectors / values.sqrt()).T.to(rows) @ rows
         return JacobianProjection(linearized, directions, residual)
 
@@ -117,7 +117,7 @@ class JacobianProjection:
     """
 
     def __init__(self, linearized: Linearized, directions: Tensor, residual: str) -> None:
-        check_choice("residual", residual, RESIDUALS)
+        check_product_residual(residual)
         self.linearized = linearized
         self.directions = directions
         self.residual = residual
@@ -146,12 +146,3 @@ class JacobianProjection:
     def settings(self) -> dict[str, Any]:
         """See `Eigenfunctions.settings`."""
         return {"residual": self.residual}
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """J_m J_mᵀ in float64, by blocks of weights, so that no second copy of the rows exists."""
-    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for block in rows.split(max(1, 2**24 // len(rows)), dim=1):
-        wide = block.double()
-        gram += wide @ wide.T
-    return gram

@@ -33,3 +33,12 @@ def numerical_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0), vectors.flip(1)
     carried = int((values > torch.finfo(gram.dtype).eps * len(gram) * values[0]).sum())
     return values[:carried], vectors[:, :carried]
+
+
+def row_gram(rows: Tensor) -> Tensor:
+    """Inner products of m rows (m, p): (m, m) in float64, without a float64 copy of the rows."""
+    gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for block in rows.split(max(1, 2**24 // len(rows)), dim=1):
+        wide = block.double()
+        gram += wide @ wide.T
+    return gram
