@@ -78,16 +78,26 @@ class LogitGaussian:
         is one posterior function evaluated at n inputs. They depend on `seed` alone, so the
         result does not change with how the data are batched.
         """
+        return self._draws(num_samples, seed).transpose(1, 2)
+
+    def probabilities(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Softmax of draws, shape (num_samples, c, n): with n last, the softmax is vectorised."""
+        return self._draws(num_samples, seed).softmax(1)
+
+    def _draws(self, num_samples: int, seed: int) -> Tensor:
+        """See `sample`; shape (num_samples, c, n)."""
         n, c, k = self.factor.shape
         # In float64 on the CPU, so that one seed means the same draws on every device.
         extra_dims = 0 if self.residual is None else c
         normals = _standard_normals(num_samples, k + extra_dims, seed).to(self.factor)
-        noise = (self.factor.reshape(n * c, k) @ normals[:, :k].T).reshape(n, c, num_samples)
-        if self.residual is not None:
-            root = _root(self.residual)
-            extra = normals[:, k:].T  # (c, num_samples)
-            noise = noise + (root @ extra if root.ndim == 3 else root.unsqueeze(-1) * extra)
-        return self.mean + noise.permute(2, 0, 1)
+        draws = (normals[:, :k] @ self.factor.permute(2, 1, 0).reshape(k, c * n)).view(-1, c, n)
+        draws += self.mean.T
+        if self.residual is None:
+            return draws
+        root, extra = _root(self.residual), normals[:, k:]
+        if root.ndim == 2:
+            return draws.addcmul_(root.T, extra.unsqueeze(-1))
+        return draws.add_(torch.einsum("ncd,sd->scn", root, extra))
 
 
 def _standard_normals(num_samples: int, dim: int, seed: int) -> Tensor:
@@ -129,8 +139,8 @@ class MonteCarlo:
 
     def __call__(self, gaussian: LogitGaussian) -> Tensor:
         """Probabilities of shape (n, c)."""
-        draws = gaussian.compressed().sample(self.num_samples, self.seed)
-        return draws.softmax(-1).mean(0)
+        draws = gaussian.compressed().probabilities(self.num_samples, self.seed)
+        return draws.mean(0).T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -220,12 +230,12 @@ def entropy(probs: Tensor) -> Tensor:
 
 def uncertainty(gaussian: LogitGaussian, num_samples: int = 128, seed: int = 0) -> Uncertainty:
     """All scores of n examples from one set of draws (see `Uncertainty`)."""
-    draws = gaussian.compressed().sample(num_samples, seed).softmax(-1)
-    probs = draws.mean(0)
+    draws = gaussian.compressed().probabilities(num_samples, seed)
+    probs = draws.mean(0).T
     total = entropy(probs)
     return Uncertainty(
         entropy=total,
-        mutual_information=(total - entropy(draws).mean(0)).clamp_min(0),
+        mutual_information=(total - entropy(draws.transpose(1, 2)).mean(0)).clamp_min(0),
         logit_variance=gaussian.variance().mean(-1),
         confidence_deficit=1 - probs.max(-1).values,
         energy=-torch.logsumexp(gaussian.mean, -1),

@@ -76,7 +76,29 @@ FIDELITY_COLUMNS = (
     Column("kernel_error", "kernel error", ".3f", "min"),
     Column("block_error", "block error", ".3f", "min"),
     Column("log_trace", "log trace r", ".3f", "max"),
+    Column("nll", "NLL", ".4f", "min"),
+    Column("ece", "ECE", ".4f", "min"),
+    Column("auroc", "OOD AUROC", ".4f", "max"),
     Column("fit_seconds", "fit s", ".1f", spread=False),
+)
+SHIFT_COLUMNS = (
+    Column("nll_scaling", "NLL, temperature scaling", ".4f", spread=False),
+    Column("nll", "NLL, ELLA", ".4f", spread=False),
+    Column("ece_scaling", "ECE, temperature scaling", ".4f", spread=False),
+    Column("ece", "ECE, ELLA", ".4f", spread=False),
+    *(
+        Column(f"{kind}variance_{severity}", f"{title}, severity {severity}", ".0f", spread=False)
+        for kind, title in (("", "variance"), ("exact_", "exact"))
+        for severity in (1, 3, 5)
+    ),
+)
+COST_COLUMNS = (
+    Column("predict_ratio", "predict × MAP", ".2f", spread=False),
+    Column("fit_seconds", "fit s", ".0f", spread=False),
+    Column("fit_passes", "fit in training passes", ".1f", spread=False),
+    Column("fit_gib", "fit GiB", ".2f", spread=False),
+    Column("fit_memory_ratio", "fit memory × training step", ".1f", spread=False),
+    Column("state_bytes", "state bytes", ",.0f", spread=False),
 )
 
 

@@ -12,7 +12,14 @@ import re
 import sys
 from pathlib import Path
 
-from _report import COLUMNS, FIDELITY_COLUMNS, load_results, markdown_table
+from _report import (
+    COLUMNS,
+    COST_COLUMNS,
+    FIDELITY_COLUMNS,
+    SHIFT_COLUMNS,
+    load_results,
+    markdown_table,
+)
 
 EXPERIMENTS = Path(__file__).parent
 PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md")
@@ -22,12 +29,18 @@ BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 def table(name: str) -> str:
     """The table of one result file and the line below it."""
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
-    columns = FIDELITY_COLUMNS if name.startswith("eigenfunctions") else COLUMNS
+    columns, by = COLUMNS, "method"
+    if name.startswith("eigenfunctions"):
+        columns = FIDELITY_COLUMNS
+    elif name.startswith("shift"):
+        columns, by = SHIFT_COLUMNS, "corruption"
+    elif name.startswith("cost"):
+        columns = COST_COLUMNS
     rows, machine = results["rows"], results["environment"]
     seeds = sorted({row["seed"] for row in rows})
     where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
     ran = f"seeds {seeds[0]} to {seeds[-1]}; torch {machine['torch']}; {where}"
-    return f"{markdown_table(rows, columns)}\n\nMean ± standard deviation; {ran}.\n"
+    return f"{markdown_table(rows, columns, by)}\n\nMean ± standard deviation; {ran}.\n"
 
 
 def fill(text: str) -> str:

@@ -69,6 +69,7 @@ class NeuralEF:
         num_directions: Rows of the Jacobian whose span carries the kernel; fewer if four times the
             memory budget cannot hold them.
         width: Hidden units of the default network.
+        depth: Its hidden layers; 0 leaves a linear map.
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
             as good or better wherever both were measured (experiments/README.md).
@@ -84,6 +85,7 @@ class NeuralEF:
     augment: Augmentation | None = field(default_factory=Perturb)
     num_directions: int = 256
     width: int = 512
+    depth: int = 2
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
     training: Training | None = None
 
@@ -91,6 +93,8 @@ class NeuralEF:
         for name in ("rank", "num_inputs", "num_directions", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.depth < 0:
+            raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
 
@@ -227,7 +231,8 @@ class NeuralEF:
             return copy.deepcopy(self.network).requires_grad_(True)
         c = data.diagonal.shape[1]
         d = data.activations.shape[1]
-        network = ResidualMLP(d, (c, self.rank), width=self.width, generator=generator)
+        shape = (c, self.rank)
+        network = ResidualMLP(d, shape, width=self.width, depth=self.depth, generator=generator)
         network.to(data.activations).standardize(data.activations)
         return network
 

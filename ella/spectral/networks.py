@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MANY_OUTPUTS = 8
+"""See `ResidualMLP`."""
+
 
 class ResidualMLP(nn.Module):
     """A linear map plus a multi-layer perceptron, from vectors (n, d) to values (n, *shape).
 
-    Inputs are standardised with statistics that `standardize` stores.
+    Inputs are standardised with statistics that `standardize` stores. The linear map goes through
+    `width` numbers where there are more than `MANY_OUTPUTS` times as many outputs as that: in full
+    it would be most of the network.
 
     Args:
         num_inputs: d.
@@ -40,7 +45,12 @@ class ResidualMLP(nn.Module):
         num_outputs = int(torch.Size(self.shape).numel())
         self.register_buffer("mean", torch.zeros(num_inputs))
         self.register_buffer("scale", torch.ones(num_inputs))
-        self.linear = _linear(num_inputs, num_outputs, generator)
+        self.linear: nn.Module
+        if depth and num_inputs > width and num_outputs > MANY_OUTPUTS * width:
+            narrow = _linear(num_inputs, width, generator)
+            self.linear = nn.Sequential(narrow, _linear(width, num_outputs, generator))
+        else:
+            self.linear = _linear(num_inputs, num_outputs, generator)
         layers: list[nn.Module] = []
         for i in range(depth):
             layers += [_linear(width if i else num_inputs, width, generator), nn.GELU()]
