@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import struct
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -559,3 +560,12 @@ def test_plot_uncertainty_takes_constant_scores(report, tmp_path):
 def test_plot_uncertainty_refuses_other_methods(report, tmp_path):
     with pytest.raises(ValueError, match="same methods"):
         report.plot_uncertainty({"a": torch.ones(3)}, {"b": torch.ones(3)}, tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_peak_memory_is_what_was_held_and_given_back(report):
+    with report.PeakMemory("cpu") as memory:
+        block = torch.ones(2**25)  # 128 MiB
+        time.sleep(0.1)
+        del block
+    assert 0.9 * 2**27 < memory.bytes < 2 * 2**27

@@ -252,3 +252,16 @@ def test_compression_keeps_the_covariance_and_its_draws_have_it(residual):
         noise = small.sample(64) - small.mean  # more pairs than dimensions: exact moments
         second = torch.einsum("snc,snd->ncd", noise, noise) / 64
         torch.testing.assert_close(second, small.covariance(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("residual", [None, "diagonal", "blocks"])
+def test_probabilities_are_the_softmax_of_the_draws(residual):
+    generator = torch.Generator().manual_seed(0)
+    n, c, k = 6, 3, 4
+    root = torch.randn(n, c, c, generator=generator)
+    extra = {None: None, "diagonal": root.square().sum(-1), "blocks": root @ root.mT}[residual]
+    mean, factor = (torch.randn(n, c, *s, generator=generator) for s in ((), (k,)))
+    gaussian = LogitGaussian(mean, factor, extra)
+    draws = gaussian.sample(32, seed=1)
+    assert draws.shape == (32, n, c)
+    torch.testing.assert_close(gaussian.probabilities(32, seed=1).mT, draws.softmax(-1))

@@ -379,3 +379,13 @@ def test_network_standardizes_and_rebuilds():
     assert network(x).shape == (30, 1, 3)
     linear = ResidualMLP(2, (1, 3), depth=0)
     assert [type(m) for m in linear.children()] == [nn.Linear]
+
+
+def test_many_outputs_do_not_make_the_linear_map_most_of_the_network():
+    sizes = {}
+    for width, depth in ((8, 1), (8, 0)):
+        network = ResidualMLP(100, (50, 4), width=width, depth=depth)
+        assert network(torch.zeros(3, 100)).shape == (3, 50, 4)
+        sizes[depth] = sum(p.numel() for p in network.parameters())
+    assert sizes[0] == 101 * 200  # linear means linear
+    assert sizes[1] < sizes[0] / 2

@@ -1,0 +1,155 @@
+"""What do fitting and predicting cost, in training passes and forward passes?
+
+    python experiments/cost.py --root $ELLA_DATA --arch resnet20
+    python experiments/cost.py --arch resnet18 --num-inputs 2000
+
+The CIFAR-10 ResNets have their published weights; torchvision's ResNet-18 (c = 1000) has random
+ones and random images, as time and memory do not depend on them. Predictions of 256 images with 64
+draws are timed in turn with plain forward passes. Fitting is timed whole, eigenfunctions and G
+over all training data, and set against plain passes (forward, backward, SGD) over them. Memory
+is the most that the process held above what it held before.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _data import data_root, load_task
+from _models import checkpoint_path, load_model
+from _report import COST_COLUMNS, PeakMemory, forward_ratio, markdown_table, save_results, timed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+from ella import ELLA, NeuralEF, Predictor, Training
+from ella.baselines import LastLayerLaplace, NystromLaplace, TemperatureScaling
+
+BATCH_SIZE = 128
+PREDICTED = 256
+DRAWS = 64
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
+    parser.add_argument("--arch", default="resnet20", help="resnet20 to 56, or resnet18")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num-inputs", type=int, default=10_000, help="inputs to learn from")
+    parser.add_argument("--num-directions", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=1500, help="of training the networks")
+    parser.add_argument("--image-size", type=int, default=64, help="of the random images")
+    parser.add_argument("--memory-budget", type=int, default=2**28, help="bytes")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    return parser.parse_args(argv)
+
+
+def problem(args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:
+    """A classifier and its training data."""
+    if args.arch != "resnet18":
+        path = checkpoint_path(args.arch, data_root(args.root))
+        return load_model(args.arch, path).to(args.device), load_task("cifar10", args.root).train
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.num_inputs, 3, args.image_size, args.image_size)
+    images = torch.randn(shape, generator=generator)
+    labels = torch.randint(1000, (len(images),), generator=generator)
+    return resnet18().eval().to(args.device), TensorDataset(images, labels)
+
+
+def training_pass(
+    model: nn.Module, data: TensorDataset, device: str, most: int = 5120
+) -> tuple[float, float]:
+    """Seconds of a pass over all the data, from one over `most` examples, and its GiB."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    images, labels = (tensor[:most].to(device) for tensor in data.tensors)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    def run() -> None:
+        for x, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+            step(x, y)
+
+    model.train()
+    with PeakMemory(device) as memory:
+        step(images[:BATCH_SIZE], labels[:BATCH_SIZE])
+    seconds = timed(run, device)[1] * len(data) / len(images)
+    optimizer.zero_grad()
+    model.load_state_dict(weights)
+    model.eval()
+    return seconds, memory.bytes / 2**30
+
+
+def methods(args: argparse.Namespace) -> dict[str, Callable[[nn.Module], Predictor]]:
+    """What is compared."""
+    large = args.arch == "resnet18"
+    teacher = Training(steps=args.steps, weight_decay=0.3)
+    neural = NeuralEF(
+        64, num_inputs=args.num_inputs, num_directions=args.num_directions, teacher=teacher
+    )
+
+    def ella(residual: str) -> Callable[[nn.Module], Predictor]:
+        budget = args.memory_budget
+        return lambda model: ELLA(
+            model, eigenfunctions=neural, residual=residual, memory_budget=budget
+        )
+
+    found: dict[str, Callable[[nn.Module], Predictor]] = {
+        "temperature scaling": TemperatureScaling,
+        "ELLA, NeuralEF k = 64": ella("diag"),
+    }
+    if large:
+        return found
+    return found | {
+        "ELLA, NeuralEF k = 64, factor": ella("factor"),
+        "laplace-torch last-layer, full": lambda model: LastLayerLaplace(model, structure="full"),
+        # 128 rows: its memory grows with them, its prediction does not.
+        "laplace-torch ELLA, k = 20": lambda model: NystromLaplace(model, rank=20, subsample=128),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run and write everything."""
+    args = arguments(argv)
+    model, data = problem(args)
+    pass_seconds, step_gib = training_pass(model, data, args.device)
+    rows: list[dict[str, Any]] = [
+        {
+            "seed": 0,
+            "method": "one training pass",
+            "fit_seconds": pass_seconds,
+            "fit_gib": step_gib,
+        }
+    ]
+    images = data.tensors[0][:PREDICTED].to(args.device)
+    for name, make in methods(args).items():
+        # laplace-torch's ELLA takes hours on all data; its fit is not what is compared here.
+        some = TensorDataset(*data[:500]) if name == "laplace-torch ELLA, k = 20" else data
+        loader = DataLoader(some, batch_size=BATCH_SIZE)
+        with PeakMemory(args.device) as memory:
+            fitted, seconds = timed(lambda make=make, loader=loader: make(model).fit(loader))
+        row: dict[str, Any] = {"method": name, "state_bytes": fitted.state_bytes}
+        if some is data:
+            gib = memory.bytes / 2**30
+            row |= {"fit_seconds": seconds, "fit_passes": seconds / pass_seconds, "fit_gib": gib}
+            row["fit_memory_ratio"] = gib / step_gib
+        with torch.no_grad():
+            row["predict_ratio"] = forward_ratio(
+                lambda fitted=fitted: fitted.predict_proba(images, n_samples=DRAWS),
+                lambda: model(images),
+                device=args.device,
+            )
+        rows.append({"seed": 0, **row})
+        print(rows[-1], flush=True)
+        save_results(args.out / f"cost-{args.arch}.json", vars(args), rows)
+    print(markdown_table(rows, COST_COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Frozen features: what is read, where, and that reading changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from ella.features import MAX_WIDTH, STATISTICS, FeatureTaps, Tap, choose_taps
+from ella.linearize import Linearized
+
+
+class Block(nn.Module):
+    """A residual block whose ReLU overwrites what its normalisation returned."""
+
+    def __init__(self, channels, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels // stride, channels, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.relu(self.norm(self.conv(x)))
+        return out + x if out.shape == x.shape else out
+
+
+def convnet(channels=6):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        Block(channels),
+        Block(2 * channels, stride=2),
+        Block(2 * channels),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * channels, 4),
+    ).eval()
+
+
+def images(n=5, size=8):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_pooling_is_means_of_cells_deviation_and_share_above_zero(channels_first):
+    activation = images(2, 4) if channels_first else images(2, 4).movedim(1, -1)
+    pooled = Tap("any", "output", channels_first, grid=2).pool(activation)
+    expected = []
+    for image in images(2, 4):
+        cells = [c[i : i + 2, j : j + 2].mean() for c in image for i in (0, 2) for j in (0, 2)]
+        deviations = [c.std(correction=0) for c in image]
+        shares = [(c > 0).float().mean() for c in image]
+        expected.append(torch.stack(cells + deviations + shares))
+    torch.testing.assert_close(pooled, torch.stack(expected))
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((2, 3, 1, 1), 2), ((2, 3, 7), 2), ((2, 3, 4, 4), 1)])
+def test_one_mean_where_there_is_no_room_for_cells(shape, grid):
+    activation = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    pooled = Tap("any", "output", channels_first=True, grid=grid).pool(activation)
+    assert pooled.shape == (2, 3 * STATISTICS)
+    torch.testing.assert_close(pooled[:, :3], activation.flatten(2).mean(-1))
+
+
+def test_taps_cover_the_last_stage_and_end_with_the_penultimate_features():
+    linearized = Linearized(convnet())
+    taps = choose_taps(linearized, images())
+    names = [tap.module for tap in taps]
+    assert names[-1] == "6"
+    assert taps[-1].side == "input"
+    assert {"2.norm", "3.norm", "2"} <= set(names)
+    assert "1.norm" not in names  # an earlier stage
+    assert len(set(names)) == len(names)
+
+
+def test_the_last_stage_is_bounded():
+    channels = MAX_WIDTH // STATISTICS // 4  # 2 · channels each: room for two of the layers
+    taps = choose_taps(Linearized(convnet(channels)), images())
+    extra = [tap.module for tap in taps if tap.grid == 1]
+    assert len(extra) == 2
+    assert extra[0] == "3.norm"  # the latest first
+
+
+def test_features_of_a_batch_are_those_of_its_examples_and_end_with_the_logits():
+    model = convnet()
+    linearized = Linearized(model)
+    taps = FeatureTaps(linearized, choose_taps(linearized, images()))
+    logits, features = taps(images())
+    assert torch.equal(logits, model(images()))
+    assert torch.equal(features[:, -4:], logits)
+    alone = torch.cat([taps(x[None])[1] for x in images()])
+    torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_in_place_relu_does_not_change_what_was_read():
+    linearized = Linearized(convnet())
+    _, features = FeatureTaps(linearized, [Tap("3.norm", "output", True, grid=1)])(images())
+    share = features[:, 2 * 12 : 3 * 12]
+    assert (share < 1).any()
+    assert (features[:, :12] < 0).any()  # means before the ReLU
