@@ -16,6 +16,7 @@ from ella.spectral import (
     Polynomial,
     Regression,
     ResidualMLP,
+    Samples,
     Teacher,
     Training,
     leading_eigenpairs,
@@ -73,18 +74,18 @@ def mixed(space, objective, scale=1.0):
 @pytest.mark.parametrize("scale", [1.0, 0.2])
 def test_gradient_vanishes_at_the_eigenfunctions(space, objective, scale):
     raw = mixed(space, objective, scale).requires_grad_()
-    psi = objective.normalize(raw)
+    psi, tpsi = objective.normalize(raw, space.apply(raw.detach()))
     fixed = psi.detach()
-    psi.backward(objective.gradient(fixed, space.apply(fixed), fixed))
+    psi.backward(objective.gradient(fixed, tpsi, fixed))
     torch.testing.assert_close(raw.grad, torch.zeros_like(raw), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_gradient_does_not_vanish_elsewhere(space, objective):
     raw = normal(N, C, K, seed=3).requires_grad_()
-    psi = objective.normalize(raw)
+    psi, tpsi = objective.normalize(raw, space.apply(raw.detach()))
     fixed = psi.detach()
-    psi.backward(objective.gradient(fixed, space.apply(fixed), fixed))
+    psi.backward(objective.gradient(fixed, tpsi, fixed))
     assert (raw.grad.flatten(0, 1).norm(dim=0) > 1e-2).all()
 
 
@@ -162,8 +163,10 @@ def test_nested_lora_loss_is_the_distance_to_the_operator():
 
 
 def test_neuralef_normalizes_each_function():
-    psi = NeuralEFObjective().normalize(5 * normal(N, C, K))
+    raw = 5 * normal(N, C, K)
+    psi, tpsi = NeuralEFObjective().normalize(raw, 3 * raw)
     assert_near(psi.square().sum((0, 1)) / N, torch.ones(K, dtype=torch.float64))
+    assert_near(tpsi, 3 * psi)
 
 
 # (h) Rayleigh-Ritz
@@ -303,9 +306,10 @@ def test_training_reaches_the_eigenvalues_of_the_gram_matrix(objective, generato
     x = (3 * torch.rand(512, 2, generator=generator) - 1.5) * torch.tensor([1.0, 0.7])
     kernel, network = Scaled(), make_network()
     settings = Training(
-        steps=1000, batch_size=256, learning_rate=1e-2, weight_decay=0, holdout=0.2, patience=20
+        steps=1000, batch_size=256, learning_rate=1e-2, weight_decay=0, patience=20
     )
-    train(network, kernel, x, x, objective, settings, generator=generator, progress=False)
+    problem = Samples(kernel, x, x, generator=generator, holdout=0.2)
+    train(network, problem, objective, settings, generator=generator, progress=False)
     with torch.no_grad():
         psi = network(x)
     values, _ = rayleigh_ritz(Moments.of(psi, kernel.apply(x, x, psi)))
@@ -319,10 +323,9 @@ def short_run(generator, seed=0, **settings):
     network = make_network(k=2, dropout=0.1, width=8)
     chosen = Training(**{"steps": 20, "batch_size": 16, **settings})
     generator = torch.Generator().manual_seed(seed)
-    history = train(
-        network, RBF(), x, x, NestedLoRA(), chosen, generator=generator, progress=False
-    )
-    return network, x, history
+    problem = Samples(RBF(), x, x, generator=generator)
+    history = train(network, problem, NestedLoRA(), chosen, generator=generator, progress=False)
+    return network, problem, history
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone(generator):
@@ -341,10 +344,9 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone(generat
 
 def test_training_keeps_the_best_weights(generator):
     # A rate so high that the objective goes up and down.
-    network, x, history = short_run(generator, learning_rate=0.5, steps=40)
+    network, problem, history = short_run(generator, learning_rate=0.5, steps=40)
     assert min(history) < history[-1]
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    value = held_out_loss(network, RBF(), x, x, order[:6], NestedLoRA())
+    value = held_out_loss(network, problem, NestedLoRA())
     assert value == pytest.approx(min(history))
     assert not network.training
 
@@ -364,7 +366,7 @@ def test_training_that_diverges_says_so(generator):
 def test_training_needs_two_halves(n, generator):
     x = torch.zeros(n, 2)
     with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
-        train(make_network(), RBF(), x, x, NestedLoRA(), Training(), generator=generator)
+        Samples(RBF(), x, x, generator=generator)
 
 
 def test_network_standardizes_and_rebuilds():

@@ -30,6 +30,7 @@ from ella.spectral import (
     Objective,
     Regression,
     ResidualMLP,
+    Samples,
     Teacher,
     Training,
     rayleigh_ritz,
@@ -159,10 +160,12 @@ class NeuralEF:
         self._check_network(network, inputs, sample)
         options: dict[str, Any] = {"generator": generator, "progress": progress}
         if self.teacher is not None:
-            train(network, Teacher(), inputs, target, Regression(), self.teacher, **options)
+            problem = Samples(Teacher(), inputs, target, generator=generator)
+            train(network, problem, Regression(), self.teacher, **options)
         if self.training is not None:
             s = sample.kernel_features
-            train(network, FeatureKernel(), inputs, s, self.objective, self.training, **options)
+            problem = Samples(FeatureKernel(), inputs, s, generator=generator)
+            train(network, problem, self.objective, self.training, **options)
         psi = evaluate(network, inputs)
         mixing = self._ritz(psi, sample)
         learned = self._fit_residual(residual, sample, psi @ mixing, options)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella.spectral import Regression, ResidualMLP, Teacher, Training, train
+from ella.spectral import Regression, ResidualMLP, Samples, Teacher, Training, train
 
 FLOOR = 1e-3
 """Smallest share of κ(x, x) that the residual variance is taken to be."""
@@ -87,7 +87,8 @@ class DiagonalResidual(LearnedResidual):
         module.standardize(activations, outside)
         targets = ((outside.log() - module.location) / module.spread).unsqueeze(-1)
         column = nn.Sequential(network, nn.Unflatten(1, (c, 1)))
-        train(column, Teacher(), activations, targets, Regression(), training, **options)
+        problem = Samples(Teacher(), activations, targets, generator=options["generator"])
+        train(column, problem, Regression(), training, **options)
         return module.eval()
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class FactorResidual(LearnedResidual):
         module.standardize(activations, outside.clamp_min(torch.finfo(outside.dtype).tiny))
         objective = BlockRegression(module)
         targets = torch.cat([inside, blocks], dim=-1)
-        train(network, Teacher(), activations, targets, objective, training, **options)
+        problem = Samples(Teacher(), activations, targets, generator=options["generator"])
+        train(network, problem, objective, training, **options)
         return module.eval()
 
     def blocks(self, raw: Tensor) -> Tensor:
@@ -171,9 +173,9 @@ class BlockRegression:
 
     residual: FactorResidual
 
-    def normalize(self, psi: Tensor) -> Tensor:
-        """ψ itself: there is no constraint."""
-        return psi
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are: there is no constraint."""
+        return psi, tpsi
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""

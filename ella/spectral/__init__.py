@@ -4,29 +4,59 @@ Function values have shape (n, c, k): n examples, c outputs, k eigenfunctions. A
 c = 1. The inner product is the mean over examples, summed over outputs.
 """
 
-from ella.spectral.networks import ResidualMLP
+from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis
+from ella.spectral.laplacian import Jet
+from ella.spectral.networks import ParallelMLP, ResidualMLP
 from ella.spectral.nystrom import leading_eigenpairs, numerical_eigenpairs
 from ella.spectral.objectives import NestedLoRA, NeuralEFObjective, Objective, Regression
-from ella.spectral.operators import RBF, FeatureKernel, Kernel, KernelOperator, Polynomial, Teacher
+from ella.spectral.operators import (
+    RBF,
+    FeatureKernel,
+    Graph,
+    Kernel,
+    KernelOperator,
+    Polynomial,
+    Teacher,
+)
+from ella.spectral.problems import (
+    Population,
+    Problem,
+    Samples,
+    Schrodinger,
+    Views,
+    WholeGraph,
+)
 from ella.spectral.ritz import Moments, rayleigh_ritz
 from ella.spectral.train import Training, train
 
 __all__ = [
     "RBF",
+    "Eigenbasis",
     "FeatureKernel",
+    "Graph",
+    "Jet",
     "Kernel",
     "KernelOperator",
     "Moments",
     "NestedLoRA",
     "NeuralEFObjective",
     "Objective",
+    "ParallelMLP",
     "Polynomial",
+    "Population",
+    "Problem",
     "Regression",
     "ResidualMLP",
+    "Samples",
+    "Schrodinger",
     "Teacher",
     "Training",
+    "Views",
+    "WholeGraph",
     "leading_eigenpairs",
+    "learn_eigenbasis",
     "numerical_eigenpairs",
     "rayleigh_ritz",
+    "ritz_basis",
     "train",
 ]

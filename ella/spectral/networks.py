@@ -1,10 +1,14 @@
 """Small networks for eigenfunctions."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ella.spectral.laplacian import Jet
 
 MANY_OUTPUTS = 8
 """See `ResidualMLP`."""
@@ -87,3 +91,72 @@ def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None
         layer.weight.normal_(0, num_inputs**-0.5, generator=generator)
         layer.bias.zero_()
     return layer
+
+
+class ParallelMLP(nn.Module):
+    """k separate perceptrons for k scalar functions of x ∈ R^d, evaluated together.
+
+    Function j is envelope(x) · MLP_j(features(x)). Separate networks do not trade one function's
+    accuracy for another's; the layout (k, width, n) makes them one batched product.
+
+    Args:
+        num_inputs: d.
+        num_functions: k.
+        width: Hidden units of each.
+        depth: Hidden layers, at least 1.
+        activation: A smooth elementwise function; with `torch.sin` the first biases are phases.
+        features: Maps x (n, d) to (n, m), row by row; None leaves x as it is.
+        envelope: Maps x (n, d) to (n,), row by row: boundary conditions or decay; None is 1.
+        generator: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_functions: int,
+        *,
+        width: int = 32,
+        depth: int = 2,
+        activation: Callable[[Tensor], Tensor] = torch.sin,
+        features: Callable[[Tensor], Tensor] | None = None,
+        envelope: Callable[[Tensor], Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.features, self.envelope = activation, features, envelope
+        m = num_inputs if features is None else features(torch.zeros(1, num_inputs)).shape[1]
+        widths = [m, *[width] * depth, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(widths):
+            weight = torch.empty(num_functions, fan_out, fan_in)
+            self.weights.append(nn.Parameter(weight.normal_(0, fan_in**-0.5, generator=generator)))
+            self.biases.append(nn.Parameter(torch.zeros(num_functions, fan_out, 1)))
+        if activation is torch.sin:
+            with torch.no_grad():
+                self.biases[0].uniform_(0, 2 * math.pi, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values (n, 1, k) of points (n, d)."""
+        hidden = (x if self.features is None else self.features(x)).T
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = weight @ (self.activation(hidden) if i else hidden) + bias
+        values = hidden[:, 0].T
+        if self.envelope is not None:
+            values = values * self.envelope(x).unsqueeze(1)
+        return values.unsqueeze(1)
+
+    def jet(self, x: Tensor) -> Jet:
+        """Value, gradient and Laplacian, each with trailing axes (n, 1, k)."""
+        if self.features is None:
+            axes = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+            jet = Jet(x, axes.unsqueeze(1).expand(-1, len(x), -1), torch.zeros_like(x))
+        else:
+            jet = Jet.of(self.features, x)
+        jet = Jet(*(part.mT.unsqueeze(-3) for part in jet))
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            jet = jet.elementwise(self.activation) if i else jet
+            jet = jet.linear(weight.matmul, bias)
+        jet = Jet(*(part[..., 0, :].mT for part in jet))
+        if self.envelope is not None:
+            jet = jet * Jet(*(part.unsqueeze(-1) for part in Jet.of(self.envelope, x)))
+        return Jet(*(part.unsqueeze(-2) for part in jet))

@@ -15,8 +15,8 @@ from torch import Tensor
 class Objective(Protocol):
     """What the training loop needs of an objective."""
 
-    def normalize(self, psi: Tensor) -> Tensor:
-        """Put the raw network output on the constraint set, differentiably."""
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the raw network output on the constraint set, differentiably, and Tψ with it."""
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """dL/dψ, shape (n, c, k), from ψ, Tψ on one half-batch and ψ on the source half."""
@@ -42,9 +42,10 @@ class NeuralEFObjective:
     https://arxiv.org/abs/2205.00165
     """
 
-    def normalize(self, psi: Tensor) -> Tensor:
-        """ψ_j / sqrt(E‖ψ_j‖²)."""
-        return psi / inner(psi, psi).diagonal().clamp_min(1e-12).sqrt()
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """ψ_j / sqrt(E‖ψ_j‖²), and Tψ_j divided by the same."""
+        norm = inner(psi, psi).diagonal().clamp_min(1e-12).sqrt()
+        return psi / norm, tpsi / norm.detach()
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""
@@ -83,9 +84,9 @@ class NestedLoRA:
 
     nested: bool = True
 
-    def normalize(self, psi: Tensor) -> Tensor:
-        """ψ itself: there is no constraint."""
-        return psi
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are: there is no constraint."""
+        return psi, tpsi
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""
@@ -110,9 +111,9 @@ class NestedLoRA:
 class Regression:
     """Least squares E‖ψ − t‖² on known values t, which a `Teacher` gives in the place of Tψ."""
 
-    def normalize(self, psi: Tensor) -> Tensor:
-        """ψ itself: there is no constraint."""
-        return psi
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are: there is no constraint."""
+        return psi, tpsi
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""

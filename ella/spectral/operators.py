@@ -79,3 +79,50 @@ class Teacher:
     def apply(self, x: Tensor, sources: Tensor, values: Tensor) -> Tensor:
         """The targets of x, shape (n, c, k), whatever ψ is."""
         return x
+
+
+class Graph:
+    r"""The normalised adjacency matrix :math:`n D^{-1/2} A D^{-1/2}` as a kernel on node indices.
+
+    With the factor n and the uniform distribution on the n nodes, the integral operator is
+    multiplication by :math:`D^{-1/2} A D^{-1/2}`. Its spectrum lies in [-1, 1]: it is indefinite,
+    so train with `NestedLoRA`. Nodes without edges have zero rows.
+
+    Args:
+        edges: Pairs of node indices, shape (2, m), in any order and direction; repetitions count
+            once and loops not at all.
+        num_nodes: n.
+        weights: Of the edges, shape (m,), at least 0; None gives each 1. Of repetitions the
+            largest counts.
+
+    Raises:
+        ValueError: If an index is out of range, or a weight negative.
+    """
+
+    def __init__(self, edges: Tensor, num_nodes: int, weights: Tensor | None = None) -> None:
+        if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < num_nodes:
+            raise ValueError(
+                f"`edges` must hold node indices in [0, {num_nodes}); got "
+                f"[{int(edges.min())}, {int(edges.max())}]."
+            )
+        weights = torch.ones(edges.shape[1]) if weights is None else weights
+        if weights.numel() and weights.min() < 0:
+            raise ValueError(f"`weights` must be at least 0; got {weights.min().item():g}.")
+        kept = edges[0] != edges[1]
+        both = torch.cat([edges[:, kept], edges[:, kept].flip(0)], dim=1)
+        codes, which = torch.unique(both[0] * num_nodes + both[1], return_inverse=True)
+        values = weights.new_zeros(len(codes))
+        values.scatter_reduce_(0, which, weights[kept].repeat(2), "amax")
+        rows, columns = codes // num_nodes, codes % num_nodes
+        degree = values.new_zeros(num_nodes).index_add_(0, rows, values)
+        values = values / (degree[rows] * degree[columns]).sqrt()
+        self.num_nodes = num_nodes
+        self.matrix = torch.sparse_coo_tensor(
+            torch.stack([rows, columns]), values, (num_nodes, num_nodes), check_invariants=True
+        ).coalesce()
+
+    def apply(self, x: Tensor, sources: Tensor, values: Tensor) -> Tensor:
+        """See `KernelOperator.apply`; inputs are node indices."""
+        block = self.matrix.index_select(0, x).index_select(1, sources)
+        product = torch.sparse.mm(block, values.flatten(1)) * (self.num_nodes / len(sources))
+        return product.unflatten(1, values.shape[1:])

@@ -1,0 +1,90 @@
+"""What the training leaves: ordered, orthonormal eigenfunctions with their eigenvalues."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ella.spectral.objectives import NestedLoRA, Objective
+from ella.spectral.problems import Problem
+from ella.spectral.ritz import Moments, rayleigh_ritz
+from ella.spectral.train import Training, train
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Eigenfunctions ψA of an operator, in the span of a trained network ψ.
+
+    Attributes:
+        network: ψ.
+        mixing: A, shape (k, k'), float64.
+        eigenvalues: μ of shape (k',), decreasing, float64.
+    """
+
+    network: nn.Module
+    mixing: Tensor
+    eigenvalues: Tensor
+
+    @torch.no_grad()
+    def __call__(self, x: Any) -> Tensor:  # noqa: ANN401
+        """Values (n, c, k') with the identity as their second moment."""
+        psi = self.network(x)
+        return psi @ self.mixing.to(psi)
+
+    def features(self, x: Any) -> Tensor:  # noqa: ANN401
+        """ψ√μ, so that products of two rows are the kernel; negative eigenvalues give 0."""
+        values = self(x)
+        return values * self.eigenvalues.clamp_min(0).sqrt().to(values)
+
+
+def learn_eigenbasis(
+    network: nn.Module,
+    problem: Problem,
+    training: Training,
+    *,
+    generator: torch.Generator,
+    objective: Objective | None = None,
+    num_batches: int = 32,
+    batch_size: int = 2048,
+    progress: bool = True,
+) -> Eigenbasis:
+    """Train a network, then find the best eigenpairs in its span.
+
+    Args:
+        network: Trained in place.
+        problem: The operator and its inputs.
+        training: See `Training`.
+        generator: A CPU generator, for all batches.
+        objective: What is minimised; `NestedLoRA` if None.
+        num_batches: Batches of the Rayleigh-Ritz step, whose error falls with their number.
+        batch_size: Inputs of each.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The eigenfunctions, on the network's device.
+    """
+    objective = NestedLoRA() if objective is None else objective
+    train(network, problem, objective, training, generator=generator, progress=progress)
+    network.requires_grad_(False)
+    return ritz_basis(network, problem, generator, num_batches, batch_size)
+
+
+@torch.no_grad()
+def ritz_basis(
+    network: nn.Module,
+    problem: Problem,
+    generator: torch.Generator,
+    num_batches: int = 32,
+    batch_size: int = 2048,
+) -> Eigenbasis:
+    """The best eigenpairs in the span of a network, from sums over batches in float64."""
+    network.eval()
+    moments: Moments | None = None
+    for _ in range(num_batches):
+        part = Moments.of(*problem.evaluate(network, problem.batch(batch_size, generator)))
+        moments = part if moments is None else moments + part
+    if moments is None:
+        raise ValueError(f"`num_batches` must be at least 1; got {num_batches}.")
+    values, mixing = rayleigh_ritz(moments)
+    return Eigenbasis(network, mixing, values)
