@@ -94,6 +94,79 @@ def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = 15
     return _calibration_error("ACE", probs, labels, num_bins)
 
 
+def classwise_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
+    r"""Classwise ECE: the mean over classes of the ECE of :math:`p_c` for "the label is c".
+
+    Args:
+        probs: Class probabilities, shape (n, c).
+        labels: Class indices, shape (n,).
+        num_bins: Number of bins of equal width.
+
+    Reference: Beyond temperature scaling: Obtaining well-calibrated multiclass probabilities with
+    Dirichlet calibration (Kull et al., 2019), https://arxiv.org/abs/1910.12656
+    """
+    if num_bins < 1:
+        raise ValueError(f"`num_bins` must be at least 1; got {num_bins}.")
+    probs, labels = _checked(probs, labels)
+    metric = _imported("netcal.metrics").ECE(num_bins)
+    errors = [
+        float(metric.measure(column.clamp_max(1).numpy(), (labels == c).long().numpy()))
+        for c, column in enumerate(probs.T)
+    ]
+    return sum(errors) / len(errors)
+
+
+def cross_entropy_to(probs: Tensor, targets: Tensor) -> float:
+    r"""Mean cross-entropy :math:`-\sum_c t_{ic} \log p_{ic}` to soft labels, in nats.
+
+    Args:
+        probs: Class probabilities, shape (n, c).
+        targets: Probabilities too, such as the shares of people who chose each class.
+    """
+    tiny = torch.finfo(probs.dtype).tiny if probs.is_floating_point() else 0.0
+    probs, targets = _checked_soft(probs, targets)
+    return -(targets * probs.clamp_min(tiny).log()).sum(1).mean().item()
+
+
+def divergence_from(probs: Tensor, targets: Tensor) -> float:
+    """Mean Kullback-Leibler divergence KL(targets ‖ probs), in nats; see `cross_entropy_to`."""
+    soft = _checked_soft(probs, targets)[1]
+    return cross_entropy_to(probs, targets) + torch.xlogy(soft, soft).sum(1).mean().item()
+
+
+def risk_coverage(scores: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Selective prediction: the error rate among the examples that one is surest of.
+
+    Args:
+        scores: Uncertainty, higher meaning less certain, shape (n,).
+        errors: Whether the prediction was wrong, or any loss, shape (n,).
+
+    Returns:
+        Coverage 1/n, 2/n, ..., 1 and the mean error at each, ties in the order given; float64.
+
+    Raises:
+        ValueError: If shapes or values are bad.
+
+    Reference: Selective Classification for Deep Neural Networks (Geifman & El-Yaniv, 2017),
+    https://arxiv.org/abs/1705.08500
+    """
+    scores, errors = scores.detach().cpu().double(), errors.detach().cpu().double()
+    if scores.ndim != 1 or len(scores) == 0 or errors.shape != scores.shape:
+        raise ValueError(
+            f"`scores` and `errors` must both have shape (n,) with n >= 1; got "
+            f"{tuple(scores.shape)} and {tuple(errors.shape)}."
+        )
+    if not (torch.isfinite(scores).all() and torch.isfinite(errors).all()):
+        raise ValueError("`scores` or `errors` holds NaN or infinite values.")
+    counts = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    return counts / len(scores), errors[scores.argsort(stable=True)].cumsum(0) / counts
+
+
+def area_under_risk_coverage(scores: Tensor, errors: Tensor) -> float:
+    """AURC, the mean of `risk_coverage` over coverages; lower is better."""
+    return risk_coverage(scores, errors)[1].mean().item()
+
+
 def maximum_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     r"""MCE: the largest :math:`|acc_b - conf_b|` over bins of equal width.
 
@@ -219,6 +292,17 @@ def _checked(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     check_class_labels(labels, probs.shape[1])
     return probs, labels.long()
+
+
+def _checked_soft(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 probabilities of one shape (n, c), on the CPU."""
+    checked = [_checked(part, part.argmax(1))[0] for part in (probs, targets)]
+    if checked[0].shape != checked[1].shape:
+        raise ValueError(
+            f"`probs` and `targets` must have one shape; got {tuple(probs.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
+    return checked[0], checked[1]
 
 
 def _of_labels(probs: Tensor, labels: Tensor) -> Tensor:

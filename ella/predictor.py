@@ -152,6 +152,21 @@ class Predictor(ABC):
         self.tuning = tuning
         return self
 
+    def evaluated(self, loader: Iterable[Any]) -> "Evaluated":
+        """Compute once what prediction needs of a data set, to tune and to score it many times.
+
+        Args:
+            loader: Yields (x, y, ...); the labels are not used.
+
+        Returns:
+            This method for inputs that are row numbers of the data set, tensors of integers.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        self._require_fitted()
+        return Evaluated(self, self._evaluate_loader(loader, labels=True)[0])
+
     def predict_proba(
         self, x: Inputs | Iterable[Any], *, n_samples: int = 128, link: str = "mc"
     ) -> Tensor:
@@ -252,3 +267,52 @@ class Predictor(ABC):
     def _device(self) -> torch.device:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
+
+
+class Evaluated(Predictor):
+    """A fitted method on one data set, whose examples are named by their row numbers.
+
+    It has hyperparameters of its own: `calibrate` does not change those of the method.
+
+    Args:
+        method: A fitted method.
+        evaluation: What it computed of all inputs; see `Predictor.evaluated`.
+    """
+
+    def __init__(self, method: Predictor, evaluation: tuple[Tensor | None, ...]) -> None:
+        super().__init__(
+            method.model, likelihood=method.likelihood, seed=method.seed, progress=False
+        )
+        self.method = method
+        self.hyperparameters = method.hyperparameters
+        self._evaluation = evaluation
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(cast(Tensor, self._evaluation[0]))
+
+    def fit(self, train_loader: Iterable[Any]) -> "Self":
+        """Refuse: it is fitted.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("An evaluated method is fitted. Fit the method that it was made from.")
+
+    @property
+    def state_bytes(self) -> int:
+        """Those of the method."""
+        return self.method.state_bytes
+
+    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
+        if not isinstance(x, Tensor) or x.is_floating_point():
+            raise TypeError("`x` must be row numbers of the evaluated data: a tensor of integers.")
+        return tuple(None if part is None else part[x] for part in self._evaluation)
+
+    def _gaussian(
+        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
+    ) -> LogitGaussian:
+        return self.method._gaussian(evaluation, prior_precision)
+
+    def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
+        return self.method._precisions(evaluation)

@@ -744,3 +744,35 @@ def test_settings_are_not_shared_between_objects(setting):
     first, second = setting.fit(), setting.make()
     assert first.hyperparameters is not None
     assert second.hyperparameters is None
+
+
+# Evaluated once, tuned many times
+
+
+def test_an_evaluated_method_is_the_method_on_row_numbers():
+    case = make_case("mlp", n=40)
+    loader = [(case.x, case.y)]
+    ella = ELLA(case.model, eigenfunctions=Nystrom(4), progress=False).fit(loader)
+    known = ella.evaluated(loader)
+    rows = torch.tensor([3, 17, 5])
+    assert len(known) == 40
+    assert known.state_bytes == ella.state_bytes
+    torch.testing.assert_close(known.predict_proba(rows), ella.predict_proba(case.x[rows]))
+    before = ella.hyperparameters
+    known.calibrate([(torch.arange(20), case.y[:20])])
+    assert ella.hyperparameters == before
+    ella.calibrate([(case.x[:20], case.y[:20])])
+    assert known.hyperparameters == ella.hyperparameters
+    torch.testing.assert_close(
+        known.uncertainty(rows).entropy, ella.uncertainty(case.x[rows]).entropy
+    )
+    with pytest.raises(TypeError, match="An evaluated method is fitted"):
+        known.fit(loader)
+    with pytest.raises(TypeError, match="row numbers of the evaluated data"):
+        known.predict_proba(case.x)
+
+
+def test_only_a_fitted_method_can_be_evaluated():
+    case = make_case("mlp")
+    with pytest.raises(NotFittedError):
+        ELLA(case.model).evaluated([(case.x, case.y)])

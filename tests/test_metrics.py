@@ -192,3 +192,47 @@ def test_adaptive_error_with_many_confidences_of_one():
     labels[:30] = 1  # a tenth of the certain ones are wrong
     value = metrics.adaptive_calibration_error(probs, labels, num_bins=2)
     assert 0.05 < value < 0.25
+
+
+# Soft labels, classwise calibration, selective prediction
+
+
+def test_classwise_calibration_error_is_the_mean_over_classes():
+    probs, labels = random_case(200, 3)
+    expected = 0.0
+    for c in range(3):
+        for low in range(15):
+            inside = (probs[:, c] > low / 15) & (probs[:, c] <= (low + 1) / 15)
+            if inside.any():
+                gap = (labels[inside] == c).double().mean() - probs[inside, c].double().mean()
+                expected += inside.double().mean() * gap.abs() / 3
+    assert metrics.classwise_calibration_error(probs, labels) == pytest.approx(float(expected))
+
+
+def test_soft_labels_reduce_to_hard_ones():
+    probs, labels = random_case(50, 4)
+    hard = torch.nn.functional.one_hot(labels, 4).double()
+    nll = metrics.negative_log_likelihood(probs, labels)
+    assert metrics.cross_entropy_to(probs, hard) == pytest.approx(nll)
+    assert metrics.divergence_from(probs, hard) == pytest.approx(nll)
+    soft = random_case(50, 4, seed=1)[0].clamp_min(1e-9)
+    soft = soft / soft.sum(1, keepdim=True)
+    assert metrics.divergence_from(soft, soft) == pytest.approx(0, abs=1e-6)
+    entropy = -(soft * soft.log()).sum(1).mean().item()
+    gap = metrics.cross_entropy_to(probs, soft) - metrics.divergence_from(probs, soft)
+    assert gap == pytest.approx(entropy, rel=1e-5)
+    with pytest.raises(ValueError, match="must have one shape"):
+        metrics.cross_entropy_to(probs, soft[:, :3] / soft[:, :3].sum(1, keepdim=True))
+
+
+def test_risk_coverage_by_hand():
+    scores = torch.tensor([0.3, 0.1, 0.2, 0.4])
+    errors = torch.tensor([True, False, False, True])
+    coverage, risk = metrics.risk_coverage(scores, errors)
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert risk.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 2])
+    assert metrics.area_under_risk_coverage(scores, errors) == pytest.approx(5 / 24)
+    with pytest.raises(ValueError, match=r"both have shape \(n,\)"):
+        metrics.risk_coverage(scores, errors[:2])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        metrics.risk_coverage(scores / 0, errors)
