@@ -2,10 +2,12 @@
 
     python experiments/calibration.py
     python experiments/calibration.py --dataset cifar10 --root $ELLA_DATA --arch resnet20
+    python experiments/calibration.py --suite cifar10 --root $ELLA_DATA
 
 For each seed: a classifier (trained on the spot, or a published checkpoint), every method fitted
 on its training data and tuned on the same validation data by the same search, and all scored on
-the test data. Writes JSON, a Markdown table and two figures.
+the test data. Writes JSON, a Markdown table and two figures. With `--suite`, the study of the four
+published networks instead, which `_suite.py` describes.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import torch
 from _data import DATASETS, Task, data_root, load_task
 from _models import TRAINING, DigitsNet, FashionNet, checkpoint_path, load_model, train_classifier
 from _report import forward_ratio, markdown_table, plot_uncertainty, save_results, timed
+from _suite import add_options, run_suite
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -51,6 +54,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slow", action="store_true", help="add the baselines that take hours")
     parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--suite", choices=["cifar10"], help="the study of four networks")
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -202,6 +207,9 @@ def run_seed(
 def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
     args = arguments(argv)
+    if args.suite:
+        run_suite(args)
+        return
     if args.threads or args.dataset == "digits":
         # The digits network is too small for threads to pay.
         torch.set_num_threads(args.threads or 1)

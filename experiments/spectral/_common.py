@@ -1,0 +1,114 @@
+"""What the scripts of this folder share: command line, timing, result files, subspace angles."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent
+if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
+    sys.path.append(str(EXPERIMENTS))
+
+from _report import Row, save_results  # noqa: E402
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One line of the table in README.md.
+
+    Attributes:
+        question: What the script asks.
+        metric: What the three numbers are, with the unit.
+        ours: Our figure, mean over seeds.
+        peer: Name of the best other method.
+        theirs: Its figure, mean over seeds.
+        truth: The exact value or best possible one, if it is known.
+        goal: What had to be reached.
+        reached: Whether it was.
+        seconds: Of our method for one seed, fit and all.
+    """
+
+    question: str
+    metric: str
+    ours: float
+    peer: str
+    theirs: float
+    truth: float | None
+    goal: str
+    reached: bool
+    seconds: float
+
+
+def arguments(
+    description: str,
+    argv: list[str] | None = None,
+    *,
+    seeds: int = 3,
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """The command line that all scripts have, and what `extend` adds to it.
+
+    CPU threads are set to `--threads`: these problems are too small for more to pay.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
+    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    if extend is not None:
+        extend(parser)
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.seeds = 1
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def finish(
+    name: str, args: argparse.Namespace, rows: Sequence[Row], headline: Headline, figure: Figure
+) -> None:
+    """Write `name`.json and `name`.png into `args.out`."""
+    settings = {**vars(args), "headline": asdict(headline)}
+    save_results(args.out / f"{name}.json", settings, rows)
+    figure.savefig(args.out / f"{name}.png", dpi=120)
+    print(f"{name}: {headline.metric} {headline.ours:.4g}, {headline.peer} {headline.theirs:.4g}")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that belongs to nobody's pyplot state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
+    """A result and its CPU seconds, which a busy machine does not change much."""
+    start = time.process_time()
+    result = function()
+    return result, time.process_time() - start
+
+
+def largest_angle(left: Tensor, right: Tensor) -> float:
+    """Largest principal angle, in degrees, between the spans of the columns of two matrices."""
+    bases = [torch.linalg.qr(each.double()).Q for each in (left, right)]
+    smallest = torch.linalg.svdvals(bases[0].T @ bases[1]).min().clamp(0, 1).item()
+    return math.degrees(math.acos(smallest))
+
+
+def mean_of(rows: Sequence[Row], method: str, key: str) -> float:
+    """Mean of a metric over the rows of one method."""
+    values: list[Any] = [row[key] for row in rows if row["method"] == method]
+    return sum(values) / len(values)
