@@ -12,6 +12,7 @@ is the most that the process held above what it held before.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,31 +87,45 @@ def training_pass(
     return seconds, memory.bytes / 2**30
 
 
-def methods(args: argparse.Namespace) -> dict[str, Callable[[nn.Module], Predictor]]:
-    """What is compared."""
-    large = args.arch == "resnet18"
+@dataclass(frozen=True)
+class Method:
+    """What is compared.
+
+    Attributes:
+        make: From a model to an unfitted method.
+        examples: Fitted on so many only, where just the prediction is compared; None: on all.
+    """
+
+    make: Callable[[nn.Module], Predictor]
+    examples: int | None = None
+
+
+def methods(args: argparse.Namespace) -> dict[str, Method]:
+    """By their names in the table."""
     teacher = Training(steps=args.steps, weight_decay=0.3)
     neural = NeuralEF(
         64, num_inputs=args.num_inputs, num_directions=args.num_directions, teacher=teacher
     )
 
-    def ella(residual: str) -> Callable[[nn.Module], Predictor]:
-        budget = args.memory_budget
-        return lambda model: ELLA(
-            model, eigenfunctions=neural, residual=residual, memory_budget=budget
-        )
+    few = replace(neural, num_inputs=min(args.num_inputs, 1000), teacher=Training(steps=50))
+    budget = args.memory_budget
 
-    found: dict[str, Callable[[nn.Module], Predictor]] = {
-        "temperature scaling": TemperatureScaling,
-        "ELLA, NeuralEF k = 64": ella("diag"),
+    def ella(method: NeuralEF, residual: str) -> Callable[[nn.Module], Predictor]:
+        return lambda m: ELLA(m, eigenfunctions=method, residual=residual, memory_budget=budget)
+
+    found = {
+        "temperature scaling": Method(TemperatureScaling),
+        "ELLA, NeuralEF k = 64": Method(ella(neural, "diag")),
     }
-    if large:
+    if args.arch == "resnet18":
         return found
     return found | {
-        "ELLA, NeuralEF k = 64, factor": ella("factor"),
-        "laplace-torch last-layer, full": lambda model: LastLayerLaplace(model, structure="full"),
-        # 128 rows: its memory grows with them, its prediction does not.
-        "laplace-torch ELLA, k = 20": lambda model: NystromLaplace(model, rank=20, subsample=128),
+        "ELLA, NeuralEF k = 64, factor": Method(ella(few, "factor"), 1000),
+        "laplace-torch last-layer, full": Method(lambda m: LastLayerLaplace(m, structure="full")),
+        # Its fit takes memory with its rows, and hours with its data; its prediction neither.
+        "laplace-torch ELLA, k = 20": Method(
+            lambda m: NystromLaplace(m, rank=20, subsample=128), 500
+        ),
     }
 
 
@@ -128,12 +143,11 @@ def main(argv: list[str] | None = None) -> None:
         }
     ]
     images = data.tensors[0][:PREDICTED].to(args.device)
-    for name, make in methods(args).items():
-        # laplace-torch's ELLA takes hours on all data; its fit is not what is compared here.
-        some = TensorDataset(*data[:500]) if name == "laplace-torch ELLA, k = 20" else data
+    for name, method in methods(args).items():
+        some = data if method.examples is None else TensorDataset(*data[: method.examples])
         loader = DataLoader(some, batch_size=BATCH_SIZE)
         with PeakMemory(args.device) as memory:
-            fitted, seconds = timed(lambda make=make, loader=loader: make(model).fit(loader))
+            fitted, seconds = timed(lambda m=method, loader=loader: m.make(model).fit(loader))
         row: dict[str, Any] = {"method": name, "state_bytes": fitted.state_bytes}
         if some is data:
             gib = memory.bytes / 2**30
