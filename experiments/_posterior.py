@@ -1,5 +1,6 @@
 """ELLA on features that are computed once: many tunings of the same, dear Jacobian products."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from ella.baselines import TemperatureScaling
 from ella.calibrate import ClassificationScore, Tuning, precision_grid, search
 from ella.curvature import Softmax
-from ella.eigenfunctions import Eigenfunctions, Features
+from ella.eigenfunctions import Features
 from ella.metrics import auroc, expected_calibration_error, negative_log_likelihood
 from ella.posterior import GaussianPosterior
 from ella.predictive import LogitGaussian, MonteCarlo, entropy
@@ -45,7 +46,10 @@ def select(features: Features, rows: Tensor) -> Features:
 
 
 def evaluated(
-    eigenfunctions: Eigenfunctions, images: Tensor, device: torch.device, batch_size: int = 250
+    eigenfunctions: Callable[[Tensor], Features],
+    images: Tensor,
+    device: torch.device,
+    batch_size: int = 250,
 ) -> Features:
     """Features of many images, on the CPU."""
     parts = [eigenfunctions(part.to(device)) for part in images.split(batch_size)]

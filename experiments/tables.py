@@ -37,10 +37,12 @@ def table(name: str) -> str:
     elif name.startswith("cost"):
         columns = COST_COLUMNS
     rows, machine = results["rows"], results["environment"]
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows if "seed" in row})
+    drawn = "one seed" if len(seeds) < 2 else f"seeds {seeds[0]} to {seeds[-1]}"
     where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
-    ran = f"seeds {seeds[0]} to {seeds[-1]}; torch {machine['torch']}; {where}"
-    return f"{markdown_table(rows, columns, by)}\n\nMean ± standard deviation; {ran}.\n"
+    what = "Mean ± standard deviation; " if len(seeds) > 1 else ""
+    ran = f"{what}{drawn}; torch {machine['torch']}; {where}"
+    return f"{markdown_table(rows, columns, by)}\n\n{ran[0].upper()}{ran[1:]}.\n"
 
 
 def fill(text: str) -> str:
