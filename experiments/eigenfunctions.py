@@ -48,8 +48,6 @@ from ella.features import FeatureTaps, Tap
 from ella.linearize import Linearized
 from ella.metrics import expected_calibration_error, negative_log_likelihood
 
-EXACTLY_SHIFTED = 400
-"""Images a corruption for exact products, which are dear."""
 SHIFTS = [kind for kind in CORRUPTIONS if "noise" in kind or "blur" in kind]
 
 
@@ -64,6 +62,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-inputs", type=int, help="inputs to learn from")
     parser.add_argument("--held-out", type=int, help="inputs to compare kernels on")
     parser.add_argument("--num-test", type=int, help="test inputs for NLL, ECE and AUROC")
+    parser.add_argument(
+        "--num-shift", type=int, default=400, help="shifted inputs, exact products"
+    )
     parser.add_argument("--seeds", type=int, help="default: 3 on digits, else 1")
     parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--only", help="run the networks whose name contains one of these, a|b|c")
@@ -251,7 +252,7 @@ def exact_rows(
             yield {"method": name, "fit_seconds": fit_seconds, **figures}
     # The last one is the most exact.
     shifts += shift_rows(
-        study, lambda x: reduced(fitted(x), args.rank, "exact"), some, name, EXACTLY_SHIFTED
+        study, lambda x: reduced(fitted(x), args.rank, "exact"), some, name, args.num_shift
     )
 
 
@@ -306,13 +307,14 @@ def shift_rows(
     posterior, tuning = tuned(sources, labelled, study.labels, split, len(study.task.train))
     scaling = scaled(labelled.logits, study.labels, split)
     labels = study.task.test.tensors[1][:count]
+    few = min(100, count)
     device = study.linearized.device
     for kind in SHIFTS:
         for severity in range(1, 6):
             images = study.task.corrupted_test(kind, severity).tensors[0][:count]
             at = evaluated(fitted, images, device)
             probs, plain = temper(at, posterior, tuning), scaling.predict_proba(at.logits)
-            exact = study.linearized.kernel_diagonal(images[:100].to(device)).sum(1).mean().item()
+            exact = study.linearized.kernel_diagonal(images[:few].to(device)).sum(1).mean().item()
             yield {
                 "method": name,
                 "corruption": kind,
@@ -322,7 +324,7 @@ def shift_rows(
                 "ece": expected_calibration_error(probs, labels),
                 "ece_scaling": expected_calibration_error(plain, labels),
                 "variance": variances(at).mean().item(),
-                f"variance_{severity}": variances(select(at, torch.arange(100))).mean().item(),
+                f"variance_{severity}": variances(select(at, torch.arange(few))).mean().item(),
                 f"exact_variance_{severity}": exact,
             }
 

@@ -7,7 +7,7 @@ c = 1. The inner product is the mean over examples, summed over outputs.
 from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis
 from ella.spectral.laplacian import Jet
 from ella.spectral.networks import ParallelMLP, ResidualMLP
-from ella.spectral.nystrom import leading_eigenpairs, numerical_eigenpairs
+from ella.spectral.nystrom import NystromBasis, leading_eigenpairs, numerical_eigenpairs
 from ella.spectral.objectives import NestedLoRA, NeuralEFObjective, Objective, Regression
 from ella.spectral.operators import (
     RBF,
@@ -40,6 +40,7 @@ __all__ = [
     "Moments",
     "NestedLoRA",
     "NeuralEFObjective",
+    "NystromBasis",
     "Objective",
     "ParallelMLP",
     "Polynomial",
