@@ -76,6 +76,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.rank = args.rank or (4 if args.smoke else 20 if digits else 64)
     args.num_inputs = args.num_inputs or (100 if args.smoke else 3000 if digits else 10_000)
     args.held_out = args.held_out or (40 if args.smoke else 300 if digits else 500)
+    if args.smoke:
+        args.num_ood = args.num_sources = 100
     args.seeds = args.seeds or (3 if digits else 1)
     return args
 
@@ -153,8 +155,8 @@ def prepare(args: argparse.Namespace, seed: int) -> Study:
         images=images,
         labels=labels,
         parts=splits(len(labels), len(task.val), 1 if digits else 5),
-        ood=next(iter(task.ood.values()))[: 100 if args.smoke else 2000],
-        sources=task.train.tensors[0][order[: 100 if args.smoke else 4000]],
+        ood=next(iter(task.ood.values()))[: args.num_ood],
+        sources=task.train.tensors[0][order[: args.num_sources]],
         kernel=ExactKernel.of(linearized, held),
     )
 

@@ -18,6 +18,7 @@ from ella.spectral import (
     ResidualMLP,
     Samples,
     Teacher,
+    TraceObjective,
     Training,
     leading_eigenpairs,
     numerical_eigenpairs,
@@ -27,7 +28,7 @@ from ella.spectral import (
 from ella.spectral.train import held_out_loss
 
 N, C, R, K = 9, 2, 7, 4
-OBJECTIVES = [NestedLoRA(), NestedLoRA(nested=False), NeuralEFObjective()]
+OBJECTIVES = [NestedLoRA(), NestedLoRA(nested=False), NeuralEFObjective(), TraceObjective()]
 
 
 def assert_near(actual, expected, tolerance=1e-10):
@@ -160,6 +161,17 @@ def test_nested_lora_loss_is_the_distance_to_the_operator():
     assert NestedLoRA(nested=False).loss(psi, space.apply(psi), psi) == pytest.approx(
         expected.item(), rel=1e-10
     )
+
+
+def test_trace_objective_is_its_formula_and_its_gradient(space):
+    raw = normal(N, C, K, seed=5).requires_grad_()
+    flat, t = raw.flatten(0, 1), space.s.flatten(0, 1) @ space.s.flatten(0, 1).T / N
+    value = -torch.linalg.solve(flat.T @ flat, flat.T @ t @ flat).trace()
+    objective, psi = TraceObjective(), raw.detach()
+    assert objective.loss(psi, space.apply(psi), psi) == pytest.approx(value.item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(value, raw)
+    found = objective.gradient(psi, space.apply(psi), psi)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_neuralef_normalizes_each_function():

@@ -8,7 +8,13 @@ from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis
 from ella.spectral.laplacian import Jet
 from ella.spectral.networks import ParallelMLP, ResidualMLP
 from ella.spectral.nystrom import NystromBasis, leading_eigenpairs, numerical_eigenpairs
-from ella.spectral.objectives import NestedLoRA, NeuralEFObjective, Objective, Regression
+from ella.spectral.objectives import (
+    NestedLoRA,
+    NeuralEFObjective,
+    Objective,
+    Regression,
+    TraceObjective,
+)
 from ella.spectral.operators import (
     RBF,
     FeatureKernel,
@@ -51,6 +57,7 @@ __all__ = [
     "Samples",
     "Schrodinger",
     "Teacher",
+    "TraceObjective",
     "Training",
     "Views",
     "WholeGraph",

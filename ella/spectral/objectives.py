@@ -108,6 +108,44 @@ class NestedLoRA:
 
 
 @dataclass(frozen=True)
+class TraceObjective:
+    r"""Maximises :math:`\mathrm{tr}(G^{-1} R)`, G = E[ψᵀψ] and R = E[ψᵀTψ]: the span only.
+
+    Its value depends on the span of ψ alone, so functions are unordered until Rayleigh-Ritz. The
+    gradient is :math:`-2 (Tψ G^{-1} - ψ G^{-1} R G^{-1})` with both matrices of the same rows:
+    their inverse makes it biased on small batches.
+
+    Reference: Spectral Inference Networks (Pfau et al., 2018), https://arxiv.org/abs/1806.02215
+    """
+
+    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are: the objective does not see the scale."""
+        return psi, tpsi
+
+    def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
+        """See `Objective.gradient`; the source is not used."""
+        inverse, ratio = self._ratio(psi, tpsi)
+        return -2 * (tpsi @ inverse - psi @ (ratio @ inverse)) / len(psi)
+
+    def loss(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> float:
+        """See `Objective.loss`."""
+        return -self._ratio(psi, tpsi)[1].trace().item()
+
+    @staticmethod
+    def _ratio(psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
+        """G⁻¹ and G⁻¹R, with R symmetric."""
+        second, kernel = inner(psi, psi), inner(psi, tpsi)
+        eye = torch.eye(len(second), dtype=psi.dtype, device=psi.device)
+        jitter = (
+            10
+            * torch.finfo(psi.dtype).eps
+            * second.diagonal().mean().clamp_min(torch.finfo(psi.dtype).tiny * 1e8)
+        )
+        inverse = torch.linalg.inv(second + jitter * eye)
+        return inverse, inverse @ (kernel + kernel.T) / 2
+
+
+@dataclass(frozen=True)
 class Regression:
     """Least squares E‖ψ − t‖² on known values t, which a `Teacher` gives in the place of Tψ."""
 
