@@ -65,6 +65,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num-shift", type=int, default=400, help="shifted inputs, exact products"
     )
+    parser.add_argument("--num-ood", type=int, default=2000, help="out-of-distribution inputs")
+    parser.add_argument("--num-sources", type=int, default=4000, help="inputs that G comes from")
     parser.add_argument("--seeds", type=int, help="default: 3 on digits, else 1")
     parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--only", help="run the networks whose name contains one of these, a|b|c")
