@@ -142,7 +142,7 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
         # Its fit takes memory with its rows (128 of them: over 23 GB) and hours with its data; its
         # prediction neither.
         "laplace-torch ELLA, k = 20": Method(
-            lambda m: NystromLaplace(m, rank=20, subsample=32), 100
+            lambda m: NystromLaplace(m, rank=20, subsample=24), 48
         ),
     }
 

@@ -58,7 +58,8 @@ class NeuralEF:
        ("diag"), or a factor L with R = LLᵀ ("factor").
 
     After `fit` no Jacobian is needed, and nothing of size p is kept. Memory while fitting:
-    num_inputs·c·num_directions numbers for S, num_directions·p for the rows, plus one chunk.
+    num_inputs·c·num_directions numbers for S, num_inputs·c² for the blocks κ(x, x) where c is at
+    most num_directions + 64, num_directions·p for the rows, plus one chunk.
 
     Attributes:
         rank: k.
