@@ -4,7 +4,8 @@
     python experiments/tables.py --check   # fail if they are out of date
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` gets the table of
-`experiments/results/NAME.json` and a line that says what was run, and where.
+`experiments/results/NAME.json` and a line that says what was run, and where. The block `spectral`
+gets a line for each result file of `experiments/spectral/results`.
 """
 
 import argparse
@@ -22,12 +23,37 @@ from _report import (
 )
 
 EXPERIMENTS = Path(__file__).parent
+SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md")
 BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
+def spectral_table() -> str:
+    """One line for each spectral experiment, from the headline of its result file."""
+    titles = ("question", "figure", "ours", "peer", "truth", "goal", "reached", "CPU s", "seeds")
+    lines = [titles, ("---",) * len(titles)]
+    for path in sorted((SPECTRAL / "results").glob("*.json")):
+        results = load_results(path)
+        head, rows = results["settings"]["headline"], results["rows"]
+        cells = (
+            f"[{head['question']}]({path.stem}.py)",
+            head["metric"],
+            f"{head['ours']:.3g}",
+            f"{head['peer']}: {head['theirs']:.3g}",
+            "–" if head["truth"] is None else f"{head['truth']:.3g}",
+            head["goal"],
+            "yes" if head["reached"] else "**no**",
+            f"{head['seconds']:.0f}",
+            str(len({row["seed"] for row in rows})),
+        )
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def table(name: str) -> str:
     """The table of one result file and the line below it."""
+    if name == "spectral":
+        return spectral_table()
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     columns, by = COLUMNS, "method"
     if name.startswith("eigenfunctions"):
