@@ -129,7 +129,9 @@ class ParallelMLP(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in itertools.pairwise(widths):
             weight = torch.empty(num_functions, fan_out, fan_in)
-            self.weights.append(nn.Parameter(weight.normal_(0, fan_in**-0.5, generator=generator)))
+            self.weights.append(
+                nn.Parameter(weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator))
+            )
             self.biases.append(nn.Parameter(torch.zeros(num_functions, fan_out, 1)))
         if activation is torch.sin:
             with torch.no_grad():
