@@ -14,7 +14,7 @@ from ella.linearize import Linearized
 MAX_WIDTH = 2048
 """Vector activations wider than this are not tapped, nor more features than this of one stage."""
 STATISTICS = 3
-"""Numbers that `Tap` makes of one channel without a grid: mean, deviation, share above zero."""
+"""Numbers that `Tap` makes of one channel: mean, deviation, share above zero."""
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._NormBase)
 
 
@@ -26,14 +26,11 @@ class Tap:
         module: Name of the module in `model.named_modules()`.
         side: Its "input" or its "output".
         channels_first: Whether axis 1 holds the channels; else the last axis does.
-        grid: Means of an image activation are taken in each cell of a grid×grid division of it:
-            where something is matters.
     """
 
     module: str
     side: str
     channels_first: bool
-    grid: int = 2
 
     def pool(self, activation: Tensor) -> Tensor:
         """Means, standard deviations and shares above zero of each channel, or the vector: (n, d).
@@ -44,12 +41,11 @@ class Tap:
             return activation
         channels = activation if self.channels_first else activation.movedim(-1, 1)
         flat = channels.flatten(2)
-        means, count = flat.mean(-1), flat.shape[-1]
-        # On a CPU `Tensor.std` takes a hundred times as long as these two.
-        spread = torch.linalg.vector_norm(flat - means.unsqueeze(-1), dim=-1) / count**0.5
-        active = (flat > 0).sum(-1).to(flat) / count
-        if channels.ndim == 4 and min(channels.shape[2:]) >= self.grid > 1:
-            means = nn.functional.adaptive_avg_pool2d(channels, self.grid).flatten(1)
+        # On a CPU `Tensor.std` and sums of booleans take ten to a hundred times as long as these.
+        means = flat.mean(-1)
+        norms = torch.linalg.vector_norm(flat - means.unsqueeze(-1), dim=-1)
+        spread = norms / flat.shape[-1] ** 0.5
+        active = flat.sign().clamp_(min=0).mean(-1)
         return torch.cat([means, spread, active], dim=1)
 
 
@@ -109,66 +105,85 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
         most: Upper limit of the number of stages.
     """
     seen = _activations(linearized, x)
-    runs: list[list[str]] = []
+    runs: list[list[Activation]] = []
     previous = None
-    for name, shape in seen:
-        if shape != previous:
+    for each in seen:
+        if each.shape != previous:
             runs.append([])
-        runs[-1].append(name)
-        previous = shape
+        runs[-1].append(each)
+        previous = each.shape
     chosen = [run[-1] for run in runs[-most:]]
     if len(runs) < 3:
-        chosen = [name for run in runs for name in (run[len(run) // 2], run[-1])]
+        chosen = [each for run in runs for each in (run[len(run) // 2], run[-1])]
     first = not _channels_last(linearized.model)
-    taps = [Tap(name, "output", first) for name in dict.fromkeys(chosen)]
     if first:
-        taps += _last_stage(linearized.model, seen, set(chosen))
+        chosen += _last_stage(linearized.model, seen, {each.value for each in chosen})
+    taps = [Tap(name, "output", first) for name in dict.fromkeys(each.module for each in chosen)]
     last = last_linear(linearized, x)
     return [*taps, Tap(last, "input", first)] if last is not None else taps
 
 
-def _activations(linearized: Linearized, x: Inputs) -> list[tuple[str, torch.Size]]:
-    """Modules and the shapes of their outputs, as they ran: vectors, and anything with positions.
+@dataclass(frozen=True)
+class Activation:
+    """What a module returned.
+
+    Attributes:
+        module: Its name.
+        shape: Shape of one example.
+        value: A number that modules share if one passes on what the other returned.
+    """
+
+    module: str
+    shape: torch.Size
+    value: int
+
+
+def _activations(linearized: Linearized, x: Inputs) -> list[Activation]:
+    """What modules returned, in the order of their ends: vectors, and anything with positions.
 
     The logits and vectors wider than `MAX_WIDTH` are left out.
     """
     model = linearized.model
     names = {module: name for name, module in model.named_modules()}
-    seen: list[tuple[str, torch.Size]] = []
+    seen: list[Activation] = []
+    latest: tuple[Any, int] = (None, 0)
+    value = 0
 
     def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        nonlocal latest, value
         if module is model or not isinstance(output, Tensor) or not output.is_floating_point():
             return
+        # An in-place operation returns the same tensor in a new version.
+        value += output is not latest[0] or output._version != latest[1]
+        latest = output, output._version
         if output.ndim == 2 or (output.ndim > 2 and output.shape[2:].numel() > 1):
-            seen.append((names[module], output.shape[1:]))
+            seen.append(Activation(names[module], output.shape[1:], value))
 
     with hooked([(module, note) for module in model.modules()]):
         logits = linearized(take(x, slice(1)))
     return [
-        (name, shape)
-        for name, shape in seen
-        if shape != logits.shape[1:] and (len(shape) > 1 or shape[0] <= MAX_WIDTH)
+        each
+        for each in seen
+        if each.shape != logits.shape[1:] and (len(each.shape) > 1 or each.shape[0] <= MAX_WIDTH)
     ]
 
 
-def _last_stage(
-    model: nn.Module, seen: list[tuple[str, torch.Size]], chosen: set[str]
-) -> list[Tap]:
+def _last_stage(model: nn.Module, seen: list[Activation], chosen: set[int]) -> list[Activation]:
     """Normalisation layers and blocks of the last stage that has positions."""
-    spatial = [(name, shape) for name, shape in seen if len(shape) > 1]
-    room, taps = MAX_WIDTH, []
-    for name, shape in reversed(spatial):
-        module = model.get_submodule(name)
+    spatial = [each for each in seen if len(each.shape) > 1]
+    room, added = MAX_WIDTH, []
+    for each in reversed(spatial):
+        module = model.get_submodule(each.module)
         is_block = any(module.children()) and not isinstance(module, nn.Sequential)
-        if shape != spatial[-1][1] or name in chosen:
+        if each.shape != spatial[-1].shape or each.value in chosen:
             continue
         if is_block or isinstance(module, NORMALISATIONS):
-            room -= STATISTICS * shape[0]
+            room -= STATISTICS * each.shape[0]
             if room < 0:
                 break
-            chosen.add(name)
-            taps.append(Tap(name, "output", channels_first=True, grid=1))
-    return taps
+            chosen.add(each.value)
+            added.append(each)
+    return added
 
 
 def last_linear(linearized: Linearized, x: Inputs) -> str | None:

@@ -181,7 +181,7 @@ class Variant:
 def variants(args: argparse.Namespace) -> dict[str, Variant]:
     """What is compared; the default first."""
     digits = args.dataset == "digits"
-    width, short = (256, 500) if digits else (512, 1000)
+    width, short = 256, 500 if digits else 1000
     long = Training(weight_decay=0.3)
     refine = Training(steps=short, learning_rate=3e-4)
     if args.smoke:
@@ -203,7 +203,6 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
         f"teacher, {k}, penultimate features": Variant(
             base, choose=lambda tap: tap if tap.side == "input" else None
         ),
-        f"teacher, {k}, without 2×2 means": Variant(base, choose=lambda tap: replace(tap, grid=1)),
         f"teacher, {k}, linear head": Variant(replace(base, depth=0)),
     }
     for rank in (20, 64, 128, 256):

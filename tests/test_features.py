@@ -40,24 +40,20 @@ def images(n=5, size=8):
 
 
 @pytest.mark.parametrize("channels_first", [True, False])
-def test_pooling_is_means_of_cells_deviation_and_share_above_zero(channels_first):
-    activation = images(2, 4) if channels_first else images(2, 4).movedim(1, -1)
-    pooled = Tap("any", "output", channels_first, grid=2).pool(activation)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 7), (2, 3, 1, 1)])
+def test_pooling_is_mean_deviation_and_share_above_zero(shape, channels_first):
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    images[0, 0] = 0.0  # neither above zero nor spread
+    activation = images if channels_first else images.movedim(1, -1)
+    pooled = Tap("any", "output", channels_first).pool(activation)
     expected = []
-    for image in images(2, 4):
-        cells = [c[i : i + 2, j : j + 2].mean() for c in image for i in (0, 2) for j in (0, 2)]
+    for image in images:
+        means = [c.mean() for c in image]
         deviations = [c.std(correction=0) for c in image]
         shares = [(c > 0).float().mean() for c in image]
-        expected.append(torch.stack(cells + deviations + shares))
-    torch.testing.assert_close(pooled, torch.stack(expected))
-
-
-@pytest.mark.parametrize(("shape", "grid"), [((2, 3, 1, 1), 2), ((2, 3, 7), 2), ((2, 3, 4, 4), 1)])
-def test_one_mean_where_there_is_no_room_for_cells(shape, grid):
-    activation = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    pooled = Tap("any", "output", channels_first=True, grid=grid).pool(activation)
+        expected.append(torch.stack(means + deviations + shares))
     assert pooled.shape == (2, 3 * STATISTICS)
-    torch.testing.assert_close(pooled[:, :3], activation.flatten(2).mean(-1))
+    torch.testing.assert_close(pooled, torch.stack(expected))
 
 
 def test_taps_cover_the_last_stage_and_end_with_the_penultimate_features():
@@ -74,9 +70,19 @@ def test_taps_cover_the_last_stage_and_end_with_the_penultimate_features():
 def test_the_last_stage_is_bounded():
     channels = MAX_WIDTH // STATISTICS // 4  # 2 · channels each: room for two of the layers
     taps = choose_taps(Linearized(convnet(channels)), images())
-    extra = [tap.module for tap in taps if tap.grid == 1]
-    assert len(extra) == 2
-    assert extra[0] == "3.norm"  # the latest first
+    names = [tap.module for tap in taps]
+    first = names.index("3.norm")  # the latest first
+    assert names[first:] == ["3.norm", "2", "6"]
+
+
+def test_what_a_container_passes_on_is_read_once():
+    inner = convnet()
+    nested = nn.Sequential(inner[0], nn.Sequential(inner[1]), nn.Sequential(*inner[2:4]), *inner[4:])
+    linearized = Linearized(nested.eval())
+    _, features = FeatureTaps(linearized, choose_taps(linearized, images()))(images())
+    flat = Linearized(inner)
+    _, expected = FeatureTaps(flat, choose_taps(flat, images()))(images())
+    assert torch.equal(features, expected)
 
 
 def test_features_of_a_batch_are_those_of_its_examples_and_end_with_the_logits():
@@ -92,7 +98,7 @@ def test_features_of_a_batch_are_those_of_its_examples_and_end_with_the_logits()
 
 def test_an_in_place_relu_does_not_change_what_was_read():
     linearized = Linearized(convnet())
-    _, features = FeatureTaps(linearized, [Tap("3.norm", "output", True, grid=1)])(images())
+    _, features = FeatureTaps(linearized, [Tap("3.norm", "output", True)])(images())
     share = features[:, 2 * 12 : 3 * 12]
     assert (share < 1).any()
     assert (features[:, :12] < 0).any()  # means before the ReLU

@@ -86,7 +86,7 @@ class NeuralEF:
     num_inputs: int = 10_000
     augment: Augmentation | None = field(default_factory=Perturb)
     num_directions: int = 256
-    width: int = 512
+    width: int = 256
     depth: int = 2
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
     training: Training | None = None

@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 from ella.spectral.laplacian import Jet
 
-MANY_OUTPUTS = 8
-"""See `ResidualMLP`."""
-
 
 class ResidualMLP(nn.Module):
     """A linear map plus a multi-layer perceptron, from vectors (n, d) to values (n, *shape).
 
-    Inputs are standardised with statistics that `standardize` stores. The linear map goes through
-    `width` numbers where there are more than `MANY_OUTPUTS` times as many outputs as that: in full
-    it would be most of the network.
+    Inputs are standardised with statistics that `standardize` stores. The linear map and the
+    perceptron share their first layer: with two, the one to the outputs would be most of the
+    network.
 
     Args:
         num_inputs: d.
         shape: Shape of the output after the examples, such as (c, k).
         width: Hidden units per layer.
-        depth: Hidden layers; 0 leaves the linear map alone.
+        depth: Hidden layers; 0 leaves a linear map alone.
         dropout: Dropout probability in the hidden layers while training.
         generator: Source of the initial weights.
     """
@@ -38,7 +35,7 @@ class ResidualMLP(nn.Module):
         num_inputs: int,
         shape: Sequence[int],
         *,
-        width: int = 512,
+        width: int = 256,
         depth: int = 2,
         dropout: float = 0.1,
         generator: torch.Generator | None = None,
@@ -49,15 +46,12 @@ class ResidualMLP(nn.Module):
         num_outputs = int(torch.Size(self.shape).numel())
         self.register_buffer("mean", torch.zeros(num_inputs))
         self.register_buffer("scale", torch.ones(num_inputs))
-        self.linear: nn.Module
-        if depth and num_inputs > width and num_outputs > MANY_OUTPUTS * width:
-            narrow = _linear(num_inputs, width, generator)
-            self.linear = nn.Sequential(narrow, _linear(width, num_outputs, generator))
-        else:
-            self.linear = _linear(num_inputs, num_outputs, generator)
+        self.first = _linear(num_inputs, width, generator) if depth else None
+        self.linear = _linear(width if depth else num_inputs, num_outputs, generator)
         layers: list[nn.Module] = []
         for i in range(depth):
-            layers += [_linear(width if i else num_inputs, width, generator), nn.GELU()]
+            layers += [_linear(width, width, generator)] if i else []
+            layers += [nn.GELU()]
             layers += [nn.Dropout(dropout)] if dropout else []
         if depth:
             layers.append(_linear(width, num_outputs, generator))
@@ -78,6 +72,8 @@ class ResidualMLP(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Values of shape (n, *shape)."""
         x = (features - self.mean) / self.scale
+        if self.first is not None:
+            x = self.first(x)
         out = self.linear(x)
         if self.mlp is not None:
             out = out + self.mlp(x)
