@@ -1,6 +1,6 @@
 """Put the tables of the result files into the READMEs: no number there is typed by hand.
 
-    python experiments/tables.py           # rewrite README.md and experiments/README.md
+    python experiments/tables.py           # rewrite the three READMEs
     python experiments/tables.py --check   # fail if they are out of date
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` gets the table of
@@ -77,7 +77,7 @@ def fill(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Rewrite, or check, both pages."""
+    """Rewrite, or check, all pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)

@@ -77,7 +77,9 @@ def test_the_last_stage_is_bounded():
 
 def test_what_a_container_passes_on_is_read_once():
     inner = convnet()
-    nested = nn.Sequential(inner[0], nn.Sequential(inner[1]), nn.Sequential(*inner[2:4]), *inner[4:])
+    nested = nn.Sequential(
+        inner[0], nn.Sequential(inner[1]), nn.Sequential(*inner[2:4]), *inner[4:]
+    )
     linearized = Linearized(nested.eval())
     _, features = FeatureTaps(linearized, choose_taps(linearized, images()))(images())
     flat = Linearized(inner)

@@ -50,7 +50,10 @@ def test_arc_cosine_kernel_is_the_limit_of_random_networks(load):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["nystrom", "kernels"])
+@pytest.mark.parametrize(
+    "name",
+    ["nystrom", "kernels", "score", "schrodinger", "graph", "ntk", "eigenmaps", "neural_operator"],
+)
 def test_smoke(load, name, tmp_path):
     script = load(name)
     script.main(["--smoke", "--out", str(tmp_path)])

@@ -1,6 +1,7 @@
 """What the scripts of this folder share: command line, timing, result files, subspace angles."""
 
 import argparse
+import importlib
 import math
 import sys
 import time
@@ -19,6 +20,8 @@ if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
     sys.path.append(str(EXPERIMENTS))
 
 from _report import Row, save_results  # noqa: E402
+
+from ella.spectral import Kernel  # noqa: E402
 
 T = TypeVar("T")
 
@@ -48,6 +51,23 @@ class Headline:
     goal: str
     reached: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Scaled(Kernel):
+    """A multiple of a kernel, for training: Adam's steps have a size of their own.
+
+    Attributes:
+        kernel: The kernel.
+        factor: What it is multiplied by.
+    """
+
+    kernel: Kernel
+    factor: float
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Shape (n, m)."""
+        return self.factor * self.kernel(x, y)
 
 
 def arguments(
@@ -92,6 +112,20 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def needed(module: str) -> Any:  # noqa: ANN401
+    """A module of a peer's package.
+
+    Raises:
+        ModuleNotFoundError: If it is missing; names the extra that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"The peer needs {module.split('.')[0]}: pip install 'ella[spectral]'"
+        ) from error
 
 
 def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:

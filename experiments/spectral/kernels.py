@@ -25,7 +25,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from _common import Headline, arguments, cpu_timed, finish, largest_angle, mean_of, new_figure
+from _common import (
+    Headline,
+    Scaled,
+    arguments,
+    cpu_timed,
+    finish,
+    largest_angle,
+    mean_of,
+    new_figure,
+)
 from _truths import Truth, gaussian_rbf, uniform_polynomial
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -54,23 +63,6 @@ OBJECTIVES: dict[str, Objective] = {
     "NestedLoRA": NestedLoRA(),
     "NeuralEF": NeuralEFObjective(),
 }
-
-
-@dataclass(frozen=True)
-class Scaled(Kernel):
-    """A multiple of a kernel.
-
-    Attributes:
-        kernel: The kernel.
-        factor: What it is multiplied by.
-    """
-
-    kernel: Kernel
-    factor: float
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Shape (n, m)."""
-        return self.factor * self.kernel(x, y)
 
 
 def normal(size: int, generator: torch.Generator) -> Tensor:
