@@ -273,3 +273,10 @@ def test_training_finds_the_energies_of_the_oscillator():
     )
     energies = problem.energies(basis.eigenvalues)
     torch.testing.assert_close(energies.float(), torch.tensor([1.0, 3, 5]), rtol=0.03, atol=0)
+
+
+def test_edges_of_weight_zero_are_no_edges():
+    edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    graph = Graph(edges, 4, torch.tensor([1.0, 0.5, 0.0]))
+    expected = Graph(edges[:, :2], 4, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(graph.matrix.to_dense(), expected.matrix.to_dense())

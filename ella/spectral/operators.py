@@ -115,7 +115,8 @@ class Graph:
         values.scatter_reduce_(0, which, weights[kept].repeat(2), "amax")
         rows, columns = codes // num_nodes, codes % num_nodes
         degree = values.new_zeros(num_nodes).index_add_(0, rows, values)
-        values = values / (degree[rows] * degree[columns]).sqrt()
+        # An edge of weight 0 may be the only one of its nodes.
+        values = torch.where(values > 0, values / (degree[rows] * degree[columns]).sqrt(), 0)
         self.num_nodes = num_nodes
         self.matrix = torch.sparse_coo_tensor(
             torch.stack([rows, columns]), values, (num_nodes, num_nodes), check_invariants=True
