@@ -24,7 +24,7 @@ from _report import (
 
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
-PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md")
+PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", SPECTRAL / "README.md")
 BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
     args = arguments(__doc__.splitlines()[0], argv, seeds=2)
     nodes, counts, tests = (NODES, (100, 400), 100) if not args.smoke else (29, (16,), 4)
-    budget = 0.1 if args.smoke else 100.0
+    budget = 0.1 if args.smoke else 60.0
     methods = (OURS, PLAIN) if args.smoke else (OURS, PLAIN, PEER)
     a, u = darcy(max(counts) + tests, nodes, seed=0)
     new = a[-tests:], u[-tests:]
