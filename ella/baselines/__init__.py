@@ -1,4 +1,4 @@
-"""Baselines behind ELLA's own `fit` / `calibrate` / `predict_proba`; classification only.
+"""Baselines behind ELLA's own `fit` / `calibrate` / `predict_proba`, or `logits` for regression.
 
 Every method is tuned by the same search on the same validation likelihood: laplace-torch's own
 grid search never resets its metric and picks wrong precisions.

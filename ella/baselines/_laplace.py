@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, check_class_labels, check_positive
+from ella._checks import Inputs, batches, check_class_labels, check_positive, check_real_targets
+from ella.baselines._regression import check_noise_variance, noise_variance_of
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictor import Hyperparameters, Predictor
 
@@ -23,7 +24,9 @@ class LaplaceBaseline(Predictor):
 
     Args:
         model: Maps x to logits (n, c).
+        likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
+        noise_variance: σ² for regression; None takes the training residuals' mean square.
         memory_budget: Bytes of working memory for Jacobian products.
         seed: Seed of everything random.
         progress: Whether to show progress bars.
@@ -33,19 +36,26 @@ class LaplaceBaseline(Predictor):
         self,
         model: nn.Module,
         *,
+        likelihood: str = "classification",
         prior_precision: float = 1.0,
+        noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         check_positive("prior_precision", prior_precision)
-        super().__init__(model, seed=seed, progress=progress)
+        super().__init__(model, likelihood=likelihood, seed=seed, progress=progress)
+        check_noise_variance(likelihood, noise_variance)
         self.prior_precision = prior_precision
+        self.noise_variance = noise_variance
         self.memory_budget = memory_budget
         self._linearized: Linearized | None = None
 
     def fit(self, train_loader: Iterable[Any]) -> "Self":
         """Compute the curvature on the training data; calling it again starts again.
+
+        For regression without a `noise_variance` the data are first gone through for the
+        residuals.
 
         Raises:
             ImportError: If laplace-torch or one of its backends is missing.
@@ -54,25 +64,42 @@ class LaplaceBaseline(Predictor):
         """
         require_baselines()
         linearized = Linearized(self.model, memory_budget=self.memory_budget)
+        noise_variance = self.noise_variance or 1.0
+        if self.likelihood == "regression" and self.noise_variance is None:
+            noise_variance = noise_variance_of(linearized, train_loader, self._device)
         with torch.inference_mode(False):
-            assign = self._fit(linearized, train_loader)
+            assign = self._fit(linearized, train_loader, noise_variance)
         assign()
         self._linearized = linearized
-        self.hyperparameters = Hyperparameters(prior_precision=float(self.prior_precision))
+        self.hyperparameters = Hyperparameters(
+            prior_precision=float(self.prior_precision), noise_variance=noise_variance
+        )
         self.tuning = None
         return self
 
     @abstractmethod
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
-        """Do all the work; return what stores its result in `self`, which cannot fail."""
+    def _fit(
+        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
+    ) -> Callable[[], None]:
+        """Do all the work; return what stores its result in `self`, which cannot fail.
+
+        Args:
+            linearized: The model.
+            loader: Training data.
+            noise_variance: σ², or 1 for classification: what the curvature is divided by.
+        """
 
     def _checked_batches(
         self, linearized: Linearized, loader: Iterable[Any], what: str
     ) -> Iterator[tuple[Inputs, Tensor]]:
-        """Batches whose labels are checked against the number of outputs."""
+        """Batches whose labels are checked against the number of outputs; real ones (n, c)."""
         for x, y in self._progress_over(batches(loader, self._device), what):
-            check_class_labels(y, linearized.num_outputs(x))
-            yield x, y
+            num_outputs = linearized.num_outputs(x)
+            if self.likelihood == "classification":
+                check_class_labels(y, num_outputs)
+                yield x, y
+            else:
+                yield x, check_real_targets(y, num_outputs).to(linearized.dtype)
 
     def _fitted_model(self) -> Linearized:
         self._require_fitted()
@@ -114,15 +141,17 @@ def fit_laplace(
     model: nn.Module,
     loader: Any,  # noqa: ANN401 - Batches or DataLoader
     *,
+    likelihood: str,
     backend: str,
     rng_seed: int,
     **settings: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401 - one of laplace-torch's classes
-    """Fit laplace-torch at δ = 1. `model` must be a copy: it is changed.
+    """Fit laplace-torch at δ = σ² = 1. `model` must be a copy: it is changed.
 
     Args:
         model: A copy of the user's model, or of a part of it.
         loader: Training data.
+        likelihood: "classification" or "regression".
         backend: Name in `laplace.curvature`.
         rng_seed: Seed of the global random numbers that laplace-torch may use.
         settings: Passed on to `laplace.Laplace`.
@@ -132,9 +161,7 @@ def fit_laplace(
     with isolated(rng_seed), warnings.catch_warnings():
         # BackPACK's hooks sit on a layer whose inputs are data.
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        laplace: Any = Laplace(
-            model, "classification", backend=getattr(curvature, backend), **settings
-        )
+        laplace: Any = Laplace(model, likelihood, backend=getattr(curvature, backend), **settings)
         laplace.fit(loader)
     return laplace
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, take
+from ella._checks import Inputs, take
 from ella.baselines._laplace import (
     Batches,
     LaplaceBaseline,
@@ -49,7 +49,9 @@ class KroneckerLaplace(LaplaceBaseline):
 
     Args:
         model: Maps one tensor x to logits (n, c), in float32 or float64.
+        likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
+        noise_variance: σ² for regression; None takes the training residuals' mean square.
         memory_budget: Bytes of working memory.
         seed: Seed of the Monte Carlo draws.
         progress: Whether to show progress bars.
@@ -59,14 +61,18 @@ class KroneckerLaplace(LaplaceBaseline):
         self,
         model: nn.Module,
         *,
+        likelihood: str = "classification",
         prior_precision: float = 1.0,
+        noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         super().__init__(
             model,
+            likelihood=likelihood,
             prior_precision=prior_precision,
+            noise_variance=noise_variance,
             memory_budget=memory_budget,
             seed=seed,
             progress=progress,
@@ -80,7 +86,9 @@ class KroneckerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed Kronecker factors."""
         return num_bytes(t for b in self._blocks for t in (*b.values, *b.vectors))
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(
+        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
+    ) -> Callable[[], None]:
         require_full_precision(linearized)
         if iter(loader) is loader:
             raise TypeError(
@@ -92,7 +100,7 @@ class KroneckerLaplace(LaplaceBaseline):
             first = require_tensor(x) if first is None else first
             num_examples += len(y)
         assert first is not None
-        blocks = self._run(loader, num_examples)
+        blocks = self._run(linearized, loader, num_examples, noise_variance)
         grid = _half_step_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
 
         def assign() -> None:
@@ -100,7 +108,13 @@ class KroneckerLaplace(LaplaceBaseline):
 
         return assign
 
-    def _run(self, loader: Iterable[Any], num_examples: int) -> "list[_Block]":
+    def _run(
+        self,
+        linearized: Linearized,
+        loader: Iterable[Any],
+        num_examples: int,
+        noise_variance: float,
+    ) -> "list[_Block]":
         """laplace-torch on a copy whose other parameters are frozen."""
         covered = set(_covered_parameters(self.model))
         model = copy.deepcopy(self.model)
@@ -108,13 +122,13 @@ class KroneckerLaplace(LaplaceBaseline):
             parameter.requires_grad_(name in covered)
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
-            for x, y in self._progress_over(batches(loader, self._device), "curvature"):
-                assert y is not None
+            for x, y in self._checked_batches(linearized, loader, "curvature"):
                 yield require_tensor(x), y
 
         laplace = fit_laplace(
             model,
             Batches(passes, num_examples),
+            likelihood=self.likelihood,
             backend="CurvlinopsGGN",
             rng_seed=self.seed,
             subset_of_weights="all",
@@ -122,7 +136,8 @@ class KroneckerLaplace(LaplaceBaseline):
         )
         # laplace-torch's blocks follow the order of the trainable parameters.
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        parts = zip(names, laplace.H.eigenvalues, laplace.H.eigenvectors, strict=True)
+        curvature = laplace.H * (1 / noise_variance)
+        parts = zip(names, curvature.eigenvalues, curvature.eigenvectors, strict=True)
         return [_Block(name, tuple(v), tuple(q)) for name, v, q in parts]
 
     def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:

@@ -23,6 +23,7 @@ class LastLayerLaplace(LaplaceBaseline):
 
     H is the generalized Gauss-Newton matrix of the training loss in the weights of the last
     `nn.Linear`, whose input h is computed once for each example; everything before it is fixed.
+    For regression it is that of the squared error over σ².
     H and its decomposition are float64. `structure="full"` holds H, of p = c(d + 1) rows: 0.2 GB
     for c = 10, d = 512, and out of reach for c = 1000. `structure="kron"` holds one Kronecker
     product for the weight and one block for the bias, and costs little for any c.
@@ -33,7 +34,9 @@ class LastLayerLaplace(LaplaceBaseline):
     Args:
         model: Maps x to logits (n, c) that are the output of an `nn.Linear`.
         structure: "full" or "kron".
+        likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
+        noise_variance: σ² for regression; None takes the training residuals' mean square.
         seed: Seed of the Monte Carlo draws.
         progress: Whether to show progress bars.
 
@@ -46,12 +49,21 @@ class LastLayerLaplace(LaplaceBaseline):
         model: nn.Module,
         *,
         structure: str = "kron",
+        likelihood: str = "classification",
         prior_precision: float = 1.0,
+        noise_variance: float | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         check_choice("structure", structure, STRUCTURES)
-        super().__init__(model, prior_precision=prior_precision, seed=seed, progress=progress)
+        super().__init__(
+            model,
+            likelihood=likelihood,
+            prior_precision=prior_precision,
+            noise_variance=noise_variance,
+            seed=seed,
+            progress=progress,
+        )
         self.structure = structure
         self._layer = ""
         self._posterior: _Posterior | None = None
@@ -61,25 +73,28 @@ class LastLayerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed curvature."""
         return num_bytes(self._posterior.tensors()) if self._posterior is not None else 0
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(
+        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
+    ) -> Callable[[], None]:
         layer = ""
         features, labels = [], []
         for x, y in self._checked_batches(linearized, loader, "features"):
             layer = layer or _last_layer(linearized, x)
             features.append(_evaluate_with_input(linearized, layer, x)[1].double())
-            labels.append(y)
+            labels.append(y.double() if y.is_floating_point() else y)
         head = copy.deepcopy(linearized.model.get_submodule(layer)).double().requires_grad_()
         data = Batches(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
         laplace = fit_laplace(
             # Its feature extractor refuses a model that is one module.
             nn.Sequential(nn.Identity(), head),
             data,
+            likelihood=self.likelihood,
             backend="BackPackGGN",
             rng_seed=self.seed,
             subset_of_weights="last_layer",
             hessian_structure=self.structure,
         )
-        posterior = _posterior(laplace, linearized.dtype)
+        posterior = _posterior(laplace, noise_variance, linearized.dtype)
 
         def assign() -> None:
             self._layer, self._posterior = layer, posterior
@@ -166,18 +181,23 @@ class _Kronecker:
         return [*self.weight, *self.bias]
 
 
-def _posterior(laplace: Any, dtype: torch.dtype) -> _Posterior:  # noqa: ANN401
+def _posterior(
+    laplace: Any,  # noqa: ANN401
+    noise_variance: float,
+    dtype: torch.dtype,
+) -> _Posterior:
     """The fitted curvature; eigenvalues stay float64, eigenvectors take the model's dtype."""
-    if isinstance(laplace.H, Tensor):
+    curvature = laplace.H * (1 / noise_variance)
+    if isinstance(curvature, Tensor):
         linear = laplace.model.last_layer
         c, d = linear.weight.shape
-        values, vectors = torch.linalg.eigh(laplace.H)
+        values, vectors = torch.linalg.eigh(curvature)
         # laplace-torch orders the parameters as (weight row by row, bias).
         rows = [vectors[: c * d].reshape(c, d, -1)]
         if linear.bias is not None:
             rows.append(vectors[c * d :].unsqueeze(1))
         return _Full(torch.cat(rows, dim=1).to(dtype), values.clamp_min(0))
-    values, vectors = laplace.H.eigenvalues, laplace.H.eigenvectors
+    values, vectors = curvature.eigenvalues, curvature.eigenvectors
     (b, a), (q, p) = values[0], vectors[0]
     bias = (values[1][0], vectors[1][0].to(dtype)) if len(values) > 1 else ()
     return _Kronecker((b, q.to(dtype), a, p.to(dtype)), bias)

@@ -36,7 +36,9 @@ class NystromLaplace(LaplaceBaseline):
         model: Maps one tensor x to logits (n, c), in float32 or float64.
         rank: k.
         subsample: M, the number of training examples that span the directions; at least k.
+        likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
+        noise_variance: σ² for regression; None takes the training residuals' mean square.
         memory_budget: Bytes of working memory for one batch.
         seed: Seed of the subsample and the Monte Carlo draws.
         progress: Whether to show progress bars.
@@ -51,7 +53,9 @@ class NystromLaplace(LaplaceBaseline):
         *,
         rank: int = 20,
         subsample: int = 2000,
+        likelihood: str = "classification",
         prior_precision: float = 1.0,
+        noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
@@ -62,7 +66,9 @@ class NystromLaplace(LaplaceBaseline):
             )
         super().__init__(
             model,
+            likelihood=likelihood,
             prior_precision=prior_precision,
+            noise_variance=noise_variance,
             memory_budget=memory_budget,
             seed=seed,
             progress=progress,
@@ -77,7 +83,9 @@ class NystromLaplace(LaplaceBaseline):
         """Bytes of the k directions in weight space and their k curvatures."""
         return num_bytes(t for t in (self._directions, self._values) if t is not None)
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(
+        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
+    ) -> Callable[[], None]:
         require_full_precision(linearized)
         parts = [
             (require_tensor(x), y)
@@ -90,7 +98,7 @@ class NystromLaplace(LaplaceBaseline):
             )
         laplace = self._run(linearized, TensorDataset(x, y))
         # G = U diag(λ) Uᵀ once, and U folded into the directions: any δ is then a scaling.
-        values, vectors = torch.linalg.eigh(laplace.feature_gram.double())
+        values, vectors = torch.linalg.eigh(laplace.feature_gram.double() / noise_variance)
         directions = (laplace.dual_directions.double() @ vectors).T.to(linearized.dtype)
 
         def assign() -> None:
@@ -107,6 +115,7 @@ class NystromLaplace(LaplaceBaseline):
         return fit_laplace(
             copy.deepcopy(self.model),
             DataLoader(data, batch_size=batch),
+            likelihood=self.likelihood,
             backend="CurvlinopsGGN",
             rng_seed=self.seed,
             seed=self.seed,

@@ -1,4 +1,4 @@
-"""The classifier itself, and the classifier with one temperature: no posterior at all."""
+"""The model itself, and the model with one number tuned: no posterior at all."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, check_class_labels, check_inputs
+from ella._checks import (
+    Inputs,
+    batches,
+    check_class_labels,
+    check_inputs,
+    check_real_targets,
+)
+from ella.baselines._regression import check_noise_variance, noise_variance_of
 from ella.predictive import LogitGaussian
 from ella.predictor import Hyperparameters, Predictor
 
@@ -18,23 +25,45 @@ if TYPE_CHECKING:
 class _Deterministic(Predictor):
     """A Gaussian over logits with no variance."""
 
-    def __init__(self, model: nn.Module, *, seed: int = 0, progress: bool = True) -> None:
-        super().__init__(model, seed=seed, progress=progress)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        likelihood: str = "classification",
+        noise_variance: float | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(model, likelihood=likelihood, seed=seed, progress=progress)
+        check_noise_variance(likelihood, noise_variance)
+        self.noise_variance = noise_variance
 
     def fit(self, train_loader: Iterable[Any]) -> "Self":
-        """Check the first batch and the model's outputs for it; nothing is learned.
+        """Check the first batch and the model's outputs for it; nothing is learned but σ².
 
         Raises:
             TypeError: If the loader, the labels or the model's outputs have the wrong form.
-            ValueError: If the first batch is bad.
+            ValueError: If the first batch is bad, or, for regression, any batch.
         """
-        x, y = next(batches(train_loader, self._device))
-        logits = evaluate(self.model, x)
-        assert y is not None
-        check_class_labels(y, logits.shape[1])
-        self.hyperparameters = Hyperparameters(prior_precision=1.0)
+        noise_variance = self.noise_variance or 1.0
+        if self.likelihood == "regression" and self.noise_variance is None:
+            noise_variance = noise_variance_of(
+                lambda x: evaluate(self.model, x), train_loader, self._device
+            )
+        else:
+            self._check_first_batch(train_loader)
+        self.hyperparameters = Hyperparameters(prior_precision=1.0, noise_variance=noise_variance)
         self.tuning = None
         return self
+
+    def _check_first_batch(self, loader: Iterable[Any]) -> None:
+        x, y = next(batches(loader, self._device))
+        num_outputs = evaluate(self.model, x).shape[1]
+        assert y is not None
+        if self.likelihood == "classification":
+            check_class_labels(y, num_outputs)
+        else:
+            check_real_targets(y, num_outputs)
 
     @property
     def state_bytes(self) -> int:
@@ -56,10 +85,12 @@ class _Deterministic(Predictor):
 
 
 class MAP(_Deterministic):
-    """The trained classifier as it is: softmax of its logits.
+    """The trained model as it is: softmax of its logits, or N(f(x), σ²) for regression.
 
     Args:
         model: Maps x to logits (n, c).
+        likelihood: "classification" or "regression".
+        noise_variance: σ² for regression; None takes the training residuals' mean square.
         seed: Not used; every method has one.
         progress: Whether to show progress bars.
     """
@@ -79,11 +110,15 @@ class MAP(_Deterministic):
 class TemperatureScaling(_Deterministic):
     """softmax(f(x) / τ), with τ chosen by `calibrate`; until then τ = 1, the MAP.
 
+    For regression it is N(f(x), σ²) with σ² chosen by `calibrate`.
+
     Reference: On Calibration of Modern Neural Networks (Guo et al., 2017),
     https://arxiv.org/abs/1706.04599
 
     Args:
         model: Maps x to logits (n, c).
+        likelihood: "classification" or "regression".
+        noise_variance: σ² until `calibrate`; None takes the training residuals' mean square.
         seed: Not used; every method has one.
         progress: Whether to show progress bars.
     """
