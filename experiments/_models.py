@@ -186,6 +186,22 @@ def train_classifier(
     dataset: TensorDataset,
     seed: int = 0,
     epochs: int = 300,
+    **options: Any,  # noqa: ANN401
+) -> nn.Module:
+    """Fit `model` by plain cross-entropy; see `train_network`.
+
+    No augmentation, smoothing or early stopping: the over-confidence of such a fit is what the
+    experiments are about. The defaults suit `DigitsNet`; `TRAINING` holds settings by data set.
+    """
+    return train_network(model, dataset, F.cross_entropy, seed, epochs, **options)
+
+
+def train_network(
+    model: nn.Module,
+    dataset: TensorDataset,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    seed: int = 0,
+    epochs: int = 300,
     *,
     learning_rate: float = 0.3,
     batch_size: int = 32,
@@ -193,15 +209,13 @@ def train_classifier(
     device: torch.device | str = "cpu",
     num_threads: int = 1,
 ) -> nn.Module:
-    """Fit `model` by plain cross-entropy: Adam with a one-cycle learning rate.
-
-    No augmentation, smoothing or early stopping: the over-confidence of such a fit is what the
-    experiments are about. The defaults suit `DigitsNet`; `TRAINING` holds settings by data set.
+    """Fit `model` with Adam and a one-cycle learning rate.
 
     Args:
         model: Trained in place. Its weights are drawn anew first, so that `seed` decides the
             result alone.
-        dataset: Images and labels.
+        dataset: Inputs and labels or targets.
+        loss: From outputs and labels of a batch to their mean loss.
         seed: Seed of the weights and of the order of the examples.
         epochs: Passes over the data.
         learning_rate: Peak of the cycle.
@@ -217,20 +231,20 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     initialize(model, generator)
     model.to(device).train()
-    images, labels = (tensor.to(device) for tensor in dataset.tensors)
-    batches_per_epoch = -(-len(images) // batch_size)
+    inputs, labels = (tensor.to(device) for tensor in dataset.tensors)
+    batches_per_epoch = -(-len(inputs) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=epochs * batches_per_epoch
     )
     with _cpu_threads(num_threads):
         for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
+            order = torch.randperm(len(inputs), generator=generator)
             # Parts of equal size: a short last batch would disturb the BatchNorm statistics.
             for rows in order.tensor_split(batches_per_epoch):
-                loss = F.cross_entropy(model(images[rows]), labels[rows])
+                value = loss(model(inputs[rows]), labels[rows])
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 schedule.step()
     return model.eval()
