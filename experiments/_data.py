@@ -11,17 +11,17 @@
 
 import gzip
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from _corruptions import corrupt, to_unit
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from torchvision import datasets as tv
 
@@ -30,19 +30,6 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 TILE = 32
 TILES_PER_ROW = 100
-
-# Strengths of severities 1 to 5 in the 32-pixel set of Hendrycks & Dietterich, Benchmarking
-# Neural Network Robustness to Common Corruptions and Perturbations (2019),
-# https://arxiv.org/abs/1903.12261. Call the result "regenerated corruptions", not CIFAR-10-C.
-CORRUPTIONS = {
-    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
-    "shot_noise": (500, 250, 100, 75, 50),
-    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
-    "speckle_noise": (0.06, 0.10, 0.12, 0.16, 0.20),
-    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1.0),
-    "brightness": (0.05, 0.10, 0.15, 0.20, 0.30),
-    "contrast": (0.75, 0.50, 0.40, 0.30, 0.15),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class Task:
         """The test set after `corrupt`, normalized again.
 
         Args:
-            kind: A key of `CORRUPTIONS`.
+            kind: A key of `_corruptions.CORRUPTIONS`.
             severity: 1 (mild) to 5 (strong).
             seed: Seed of the noise.
 
@@ -152,23 +139,6 @@ def data_root(root: str | Path | None) -> Path:
     return Path(chosen)
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1], from uint8 or from floats already there.
-
-    Raises:
-        ValueError: If float images leave [0, 1], as normalized ones do.
-    """
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    low, high = images.min().item(), images.max().item()
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"`images` must be uint8 or floats in [0, 1]; got floats in [{low:.3g}, {high:.3g}]. "
-            "Corrupt before normalizing."
-        )
-    return images.float()
-
-
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images − mean) / std per channel, of uint8 or [0, 1] images of shape (n, channels, h, w).
 
@@ -182,30 +152,6 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     shape = (len(mean), 1, 1)
     return (to_unit(images) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-
-
-def corrupt(images: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
-    """Corrupt images as in the common-corruptions benchmark, at its strengths for 32 pixels.
-
-    Args:
-        images: Images of shape (n, channels, h, w), uint8 or floats in [0, 1].
-        kind: A key of `CORRUPTIONS`.
-        severity: 1 (mild) to 5 (strong).
-        seed: Seed of the noise; one seed gives the same draws at every severity of additive noise.
-
-    Returns:
-        Float32 images in [0, 1], not rounded to 8 bits.
-
-    Raises:
-        ValueError: For an unknown kind or severity.
-    """
-    if kind not in CORRUPTIONS:
-        raise ValueError(f"`kind` must be one of {tuple(CORRUPTIONS)}; got {kind!r}.")
-    if severity not in range(1, 6):
-        raise ValueError(f"`severity` must be 1, 2, 3, 4 or 5; got {severity!r}.")
-    generator = torch.Generator().manual_seed(seed)
-    strength = CORRUPTIONS[kind][severity - 1]
-    return _CORRUPT[kind](to_unit(images), strength, generator).clamp(0, 1)
 
 
 def load_idx(path: Path) -> Tensor:
@@ -415,53 +361,3 @@ def _cut(order: Tensor, *sizes: int | None) -> list[Tensor]:
         parts.append(order[:size])
         order = order[len(parts[-1]) :]
     return parts
-
-
-def _gaussian_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    return x + strength * torch.randn(x.shape, generator=generator)
-
-
-def _shot_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    return torch.poisson(x * strength, generator=generator) / strength
-
-
-def _impulse_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    hit = torch.rand(x.shape, generator=generator) < strength
-    salt = torch.rand(x.shape, generator=generator) < 0.5
-    return torch.where(hit, salt.to(x), x)
-
-
-def _speckle_noise(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    return x + x * strength * torch.randn(x.shape, generator=generator)
-
-
-def _gaussian_blur(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
-    radius = int(4 * strength + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (offsets / strength).square())
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    planes = F.pad(x.flatten(0, 1).unsqueeze(1), (radius,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(planes, kernel), kernel.mT).view_as(x)
-
-
-def _brightness(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
-    # Raises V of hue, saturation, value: scaling all channels alike keeps hue and saturation.
-    value = x.amax(1, keepdim=True)
-    raised = (value + strength).clamp_max(1)
-    return torch.where(value > 0, x * raised / value.clamp_min(1e-6), raised)
-
-
-def _contrast(x: Tensor, strength: float, _: torch.Generator) -> Tensor:
-    mean = x.mean((2, 3), keepdim=True)
-    return mean + strength * (x - mean)
-
-
-_CORRUPT: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "speckle_noise": _speckle_noise,
-    "gaussian_blur": _gaussian_blur,
-    "brightness": _brightness,
-    "contrast": _contrast,
-}

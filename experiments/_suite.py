@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import CORRUPTIONS, Task, data_root, load_idx, load_mosaic, load_task, normalize
+from _corruptions import CORRUPTIONS
+from _data import Task, data_root, load_idx, load_mosaic, load_task, normalize
 from _models import RESNET_DEPTHS, checkpoint_path, load_model
 from _report import Row, forward_ratio, load_results, save_results, timed
 from torch import Tensor, nn

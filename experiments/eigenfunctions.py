@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _data import CORRUPTIONS, DATASETS, Task, data_root, load_task
+from _data import DATASETS, Task, data_root, load_task
 from _fidelity import ExactKernel, fidelity, plot_fidelity
 from _models import DigitsNet, checkpoint_path, load_model, train_classifier
 from _posterior import (
@@ -48,7 +48,7 @@ from ella.features import FeatureTaps, Tap
 from ella.linearize import Linearized
 from ella.metrics import expected_calibration_error, negative_log_likelihood
 
-SHIFTS = [kind for kind in CORRUPTIONS if "noise" in kind or "blur" in kind]
+SHIFTS = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "gaussian_blur")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

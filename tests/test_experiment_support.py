@@ -22,8 +22,12 @@ KINDS = (
     "impulse_noise",
     "speckle_noise",
     "gaussian_blur",
+    "defocus_blur",
     "brightness",
     "contrast",
+    "fog",
+    "pixelate",
+    "jpeg",
 )
 
 
@@ -31,6 +35,12 @@ KINDS = (
 def data(monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     return import_module("_data")
+
+
+@pytest.fixture
+def corruptions(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return import_module("_corruptions")
 
 
 @pytest.fixture
@@ -143,72 +153,109 @@ def test_normalize_matches_the_formula_for_bytes_and_floats(data):
         assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
 
 
-def test_normalized_images_are_refused(data):
+def test_normalized_images_are_refused(corruptions):
     with pytest.raises(ValueError, match="Corrupt before normalizing"):
-        data.corrupt(images() - 0.5, "contrast", 1)
+        corruptions.corrupt(images() - 0.5, "contrast", 1)
 
 
-def test_every_corruption_is_tested(data):
-    assert set(data.CORRUPTIONS) == set(data._CORRUPT) == set(KINDS)
+def test_every_corruption_is_tested(corruptions):
+    assert set(corruptions.CORRUPTIONS) == set(corruptions._CORRUPT) == set(KINDS)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_corruption_grows_with_severity(data, kind, channels):
+def test_corruption_grows_with_severity(corruptions, kind, channels):
     x = images(channels=channels)
-    corrupted = [data.corrupt(x, kind, severity, seed=1) for severity in range(1, 6)]
+    corrupted = [corruptions.corrupt(x, kind, severity, seed=1) for severity in range(1, 6)]
     distances = [(y - x).square().mean().item() for y in corrupted]
     assert distances[0] > 0
-    assert distances == sorted(distances)
+    if kind == "pixelate":  # where its cells fall matters more than small changes of their size
+        assert distances[4] > distances[0]
+    else:
+        assert distances == sorted(distances)
     assert len(set(distances)) == 5
     assert all(y.shape == x.shape and y.min() >= 0 and y.max() <= 1 for y in corrupted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_corruption_depends_on_the_seed_alone(data, kind):
+def test_corruption_depends_on_the_seed_alone(corruptions, kind):
     x = images()
     before = x.clone()
-    same = [data.corrupt(x, kind, 3, seed=5) for _ in range(2)]
+    same = [corruptions.corrupt(x, kind, 3, seed=5) for _ in range(2)]
     assert torch.equal(*same)
     assert torch.equal(x, before)
     if kind.endswith("noise"):
-        assert not torch.equal(same[0], data.corrupt(x, kind, 3, seed=6))
+        assert not torch.equal(same[0], corruptions.corrupt(x, kind, 3, seed=6))
 
 
-def test_gaussian_noise_and_blur_have_the_stated_strength(data):
+def test_gaussian_noise_and_blur_have_the_stated_strength(corruptions):
     flat = torch.full((20, 3, 32, 32), 0.5)
-    assert data.corrupt(flat, "gaussian_noise", 5).std().item() == pytest.approx(0.10, rel=0.02)
+    assert corruptions.corrupt(flat, "gaussian_noise", 5).std().item() == pytest.approx(
+        0.10, rel=0.02
+    )
     point = torch.zeros(1, 1, 31, 31)
     point[..., 15, 15] = 1
-    spread = data.corrupt(point, "gaussian_blur", 5)[0, 0]
+    spread = corruptions.corrupt(point, "gaussian_blur", 5)[0, 0]
     offsets = torch.arange(31) - 15.0
     assert spread.sum().item() == pytest.approx(1, abs=1e-5)
     assert (spread.sum(0) * offsets**2).sum().item() == pytest.approx(1.0, rel=0.01)
     # Borders are extended, so a constant image stays as it is.
-    assert torch.allclose(data.corrupt(flat, "gaussian_blur", 5), flat, atol=1e-6)
+    assert torch.allclose(corruptions.corrupt(flat, "gaussian_blur", 5), flat, atol=1e-6)
 
 
-def test_brightness_keeps_hue_and_saturation(data):
+def test_brightness_keeps_hue_and_saturation(corruptions):
     color = torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1)
-    raised = data.corrupt(color, "brightness", 4).flatten()
+    raised = corruptions.corrupt(color, "brightness", 4).flatten()
     assert torch.allclose(raised, torch.tensor([0.2, 0.4, 0.6]) * 0.8 / 0.6)
 
 
-@pytest.mark.parametrize(("kind", "severity"), [("fog", 1), ("contrast", 0), ("contrast", 6)])
-def test_unknown_corruptions_are_refused(data, kind, severity):
+@pytest.mark.parametrize(("kind", "severity"), [("snow", 1), ("contrast", 0), ("contrast", 6)])
+def test_unknown_corruptions_are_refused(corruptions, kind, severity):
     with pytest.raises(ValueError, match="must be"):
-        data.corrupt(images(), kind, severity)
+        corruptions.corrupt(images(), kind, severity)
 
 
-def test_corrupted_test_set_is_the_corrupted_images_normalized(data):
+def test_corrupted_test_set_is_the_corrupted_images_normalized(data, corruptions):
     x, labels = images(), torch.arange(6)
     whole = TensorDataset(data.normalize(x, data.CIFAR_MEAN, data.CIFAR_STD), labels)
     task = data.load_task("digits", None, seed=0)
     task = replace(task, test=whole, mean=data.CIFAR_MEAN, std=data.CIFAR_STD)
     found, found_labels = task.corrupted_test("contrast", 5).tensors
-    expected = data.normalize(data.corrupt(x, "contrast", 5), data.CIFAR_MEAN, data.CIFAR_STD)
+    expected = data.normalize(
+        corruptions.corrupt(x, "contrast", 5), data.CIFAR_MEAN, data.CIFAR_STD
+    )
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(found_labels, labels)
+
+
+def test_defocus_is_a_disk_with_a_soft_edge(corruptions):
+    point = torch.zeros(1, 1, 31, 31)
+    point[..., 15, 15] = 1
+    spread = corruptions.corrupt(point, "defocus_blur", 5)[0, 0]
+    assert spread.sum().item() == pytest.approx(1, abs=1e-5)
+    # Radius 1.5 holds 9 of the grid's points; a bell of .1 leaves the edge sharp.
+    assert torch.allclose(spread[14:17, 14:17], torch.full((3, 3), 1 / 9), atol=1e-4)
+
+
+def test_fog_is_brighter_and_flatter_and_differs_by_image(corruptions):
+    x = images()
+    foggy = corruptions.corrupt(x, "fog", 5)
+    assert (foggy.mean((1, 2, 3)) > 0.8 * x.mean((1, 2, 3))).all()
+    clouds = corruptions._plasma(2, 32, 1.75, torch.Generator().manual_seed(0))
+    assert clouds.amin((1, 2)).eq(0).all()
+    assert clouds.amax((1, 2)).eq(1).all()
+    assert not torch.equal(*clouds)
+    # Neighbours, across the border too, are far nearer than strangers: clouds, not noise.
+    step = (clouds - clouds.roll(1, 2)).square().mean()
+    assert step < 0.2 * (clouds - clouds.roll(16, 2)).square().mean()
+
+
+def test_pixelate_at_full_size_and_jpeg_of_a_flat_image_change_nothing(corruptions):
+    x = (images() * 255).round() / 255
+    generator = torch.Generator()
+    assert torch.allclose(corruptions._pixelate(x, 1.0, generator), x, atol=1e-6)
+    flat = torch.full((2, 3, 32, 32), 102 / 255)
+    assert torch.allclose(corruptions.corrupt(flat, "jpeg", 5), flat, atol=2 / 255)
 
 
 # --- files --------------------------------------------------------------------------------------
