@@ -1,35 +1,34 @@
 """The CIFAR-10 study: published ResNets, each method fitted once and tuned and scored often.
 
-One unit of work is one method on one network: it is fitted, evaluated once on every set of images,
-then tuned and scored for every seed and protocol. Finished units are in the result files, so a run
-that was killed goes on where it stopped.
+One unit of work is a family of methods on one network: what is fitted and evaluated once on every
+set of images, then tuned and scored for every seed and protocol. Finished units are in the result
+files, one for each network, so a run that was killed goes on where it stopped, and networks can
+run side by side.
 
 Protocol A tunes on 2,000 randomly cropped training images (as the ELLA paper does), drawn by the
-seed, and tests on all test images. Protocol B tunes on 2,000 test images and tests on the others.
+seed, and tests on all test images. Protocol B tunes on 2,000 test images and tests on the others
+(a quarter of the test images, where fewer than 8,000 are used).
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _corruptions import CORRUPTIONS
-from _data import Task, data_root, load_idx, load_mosaic, load_task, normalize
-from _models import RESNET_DEPTHS, checkpoint_path, load_model
-from _report import Row, forward_ratio, load_results, save_results, timed
+from _images import Data
+from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
+from _report import PeakMemory, forward_ratio, load_results, save_results
+from _store import KeptBody, ProjectedOnce, SampledOnce, Store
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision.transforms.v2 import RandomResizedCrop
 from tqdm import tqdm
 
 from ella import ELLA, NeuralEF, Nystrom, Predictor, Training
 from ella.baselines import (
-    MAP,
     KroneckerLaplace,
     LastLayerLaplace,
     NystromLaplace,
@@ -57,159 +56,159 @@ NUM_VAL = 2000
 PAPER_PRECISION = 25.0
 """δ of the ELLA paper on CIFAR-10."""
 COVERAGES = 50
-ENSEMBLE = "ensemble of the networks"
+ENSEMBLE = "ensemble"
+SIZES = (
+    "fit_on",
+    "fit_slow_on",
+    "num_inputs",
+    "num_directions",
+    "num_rows",
+    "num_cropped",
+    "num_test",
+    "num_ood",
+    "num_shift",
+)
 
 Tune = Callable[[Evaluated, Tensor, Tensor], Evaluated]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Sizes of the study. The defaults are for a GPU; README.md says what was run."""
-    parser.add_argument("--archs", nargs="+", default=[f"resnet{d}" for d in RESNET_DEPTHS])
+    archs = [*(f"resnet{depth}" for depth in RESNET_DEPTHS), ENSEMBLE]
+    parser.add_argument("--archs", nargs="+", default=archs)
+    parser.add_argument("--kept", type=Path, help="folder of what is computed once (OUT/kept)")
     parser.add_argument("--fit-on", type=int, default=50_000, help="training images for G")
+    parser.add_argument("--fit-slow-on", type=int, default=50_000, help="for exact Jacobians")
     parser.add_argument("--num-inputs", type=int, default=50_000, help="images NeuralEF learns on")
+    parser.add_argument("--num-directions", type=int, default=256, help="see NeuralEF")
+    parser.add_argument("--num-rows", type=int, default=2000, help="rows of Nyström")
     parser.add_argument("--num-cropped", type=int, default=10_000, help="to tune on, protocol A")
     parser.add_argument("--num-test", type=int, default=10_000)
-    parser.add_argument("--num-ood", type=int, default=5000, help="of each source")
-    parser.add_argument("--num-shift", type=int, default=2000, help="images a corruption")
+    parser.add_argument("--num-ood", type=int, default=5000, help="of each source; 0: none")
+    parser.add_argument("--num-shift", type=int, default=2000, help="images a corruption; 0: none")
 
 
 @dataclass(frozen=True)
-class Images:
-    """Labelled images.
+class Network:
+    """What methods are fitted to.
 
     Attributes:
-        x: Normalized, shape (n, 3, 32, 32).
-        y: Class indices, shape (n,); zeros where there are none.
+        name: As in the tables.
+        model: The classifier, as a user has it.
+        body: The same, whose activations are kept.
+        stores: Where they are kept.
     """
 
-    x: Tensor
-    y: Tensor
+    name: str
+    model: nn.Module
+    body: nn.Module
+    stores: tuple[Store, ...]
 
-    def loader(self, batch_size: int = 250) -> DataLoader:
-        """In order."""
-        return DataLoader(TensorDataset(self.x, self.y), batch_size=batch_size)
+    @classmethod
+    def published(cls, name: str, root: Path, kept: Path, device: str) -> "Network":
+        """A checkpoint; of "ensemble", all of them, the last of which is its `model`."""
+        if name == ENSEMBLE:
+            each = [cls.published(f"resnet{depth}", root, kept, device) for depth in RESNET_DEPTHS]
+            stores = tuple(network.stores[0] for network in each)
+            body = Ensemble([network.body for network in each])
+            return cls(name, each[-1].model, body, stores)
+        model = load_model(name, checkpoint_path(name, root)).to(device)
+        store = Store(kept / name)
+        return cls(name, model, KeptBody(model, store), (store,))
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Compute everything, as for timing."""
+        with ExitStack() as stack:
+            for store in self.stores:
+                stack.enter_context(store.closed())
+            yield
 
 
-class Data:
-    """All images of the study. What comes first in each set is the same for every method.
+def keep(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+    """Tune nothing."""
+    return method
 
-    Args:
-        args: See `add_options`; also root and smoke.
-    """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.root = args, data_root(args.root)
-        self.task: Task = load_task("cifar10", args.root, num_val=1)
-        # The task shuffles the test set; the human labels come in its first order.
-        images = load_mosaic(self.root / "cifar10" / "test_batch.webp")
-        stored = np.load(self.root / "cifar10" / "labels.npz")
-        labels = torch.from_numpy(stored["test_batch_labels"].astype(np.int64))
-        count = args.num_test
-        self.test = Images(self._normalized(images[:count]), labels[:count])
-        self.fitting = self._training(args.fit_on)
-
-    @cached_property
-    def human(self) -> Tensor:
-        """Shares of people who chose each class (CIFAR-10H), shape (n, 10)."""
-        stored = np.load(self.root / "cifar10h" / "cifar10h_counts.npz")
-        counts = torch.from_numpy(stored["counts"]).double()[: len(self.test.y)]
-        return counts / counts.sum(1, keepdim=True)
-
-    @cached_property
-    def cropped(self) -> Images:
-        """Training images as RandomResizedCrop(32, scale=(0.5, 1)) shows them, once each."""
-        chosen = self._training(self.args.num_cropped, seed=1)
-        crop = RandomResizedCrop(32, scale=(0.5, 1), antialias=True)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return Images(torch.stack([crop(image) for image in chosen.x]), chosen.y)
-
-    @cached_property
-    def ood(self) -> dict[str, Images]:
-        """Images of no class of CIFAR-10, grey ones padded to 32 pixels."""
-        count = self.args.num_ood
-        sources = dict(self.task.ood)
-        for name in ("FashionMNIST", "MNIST"):
-            grey = load_idx(self.root / name / "raw" / "t10k-images-idx3-ubyte.gz")[:count]
-            padded = nn.functional.pad(grey.unsqueeze(1).expand(-1, 3, -1, -1), (2, 2, 2, 2))
-            sources[name] = self._normalized(padded)
-        return {
-            name: Images(x[:count], torch.zeros(len(x[:count]), dtype=torch.long))
-            for name, x in sources.items()
-        }
-
-    def corrupted(self, kind: str, severity: int) -> Images:
-        """The first test images, corrupted."""
-        some = replace(self.task, test=TensorDataset(*self._first(self.args.num_shift)))
-        return Images(*some.corrupted_test(kind, severity).tensors)
-
-    def _first(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.test.x[:count], self.test.y[:count]
-
-    def _normalized(self, images: Tensor) -> Tensor:
-        return normalize(images, self.task.mean, self.task.std)
-
-    def _training(self, count: int, seed: int = 0) -> Images:
-        x, y = self.task.train.tensors
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
-        return Images(x[rows], y[rows])
+def tune(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+    """The search that all methods have in common."""
+    method.calibrate([(rows, labels)])
+    return method
 
 
 @dataclass(frozen=True)
-class Method:
-    """What is compared.
+class Family:
+    """Methods that differ in their tuning only.
 
     Attributes:
-        make: From a model to an unfitted method.
+        make: From a network to an unfitted method.
+        tunings: From names in the tables to tunings of (evaluated method, rows, their labels).
         slow: Whether it needs Jacobians of every image, which takes hours without a GPU.
-        tune: From an evaluated method, row numbers and labels to a tuned one.
     """
 
-    make: Callable[[nn.Module], Predictor]
+    make: Callable[[Network], Predictor]
+    tunings: dict[str, Tune] = field(default_factory=dict)
     slow: bool = False
-    tune: Tune = lambda method, rows, y: method.calibrate([(rows, y)])  # type: ignore[return-value]
 
 
-def methods(args: argparse.Namespace) -> dict[str, Method]:
-    """All methods, by their names in the tables."""
+def families(args: argparse.Namespace) -> list[Family]:
+    """All methods."""
     quiet: dict[str, Any] = {"progress": False}
-    short = Training(steps=30, batch_size=32)
-    rows, fitted_on = (40, args.fit_on) if args.smoke else (2000, args.fit_on)
-    size: dict[str, Any] = {"num_inputs": args.num_inputs}
+    size: dict[str, Any] = {"num_inputs": args.num_inputs, "num_directions": args.num_directions}
     if args.smoke:
+        short = Training(steps=30, batch_size=32)
         size |= {"rank": 4, "num_directions": 16, "width": 16, "teacher": short}
+    rank, few = (6, 4) if args.smoke else (64, 20)
+    exact = Nystrom(rank, args.num_rows)
 
-    def last_layer(structure: str) -> Method:
-        return Method(lambda model: LastLayerLaplace(model, structure=structure, **quiet))
+    def last_layer(structure: str) -> Callable[[Network], Predictor]:
+        return lambda network: LastLayerLaplace(network.body, structure=structure, **quiet)
 
-    def nystrom(rank: int, residual: str) -> Callable[[nn.Module], Predictor]:
-        found = Nystrom(min(rank, rows // 4), rows)
-        return lambda model: ELLA(model, eigenfunctions=found, residual=residual, **quiet)
+    def nystrom(k: int, residual: str) -> Callable[[Network], Predictor]:
+        def make(network: Network) -> Predictor:
+            found = ProjectedOnce(exact, k, network.stores[0])
+            return ELLA(network.model, eigenfunctions=found, residual=residual, **quiet)
 
-    def neural(residual: str) -> Method:
-        found = NeuralEF(**size)
-        return Method(lambda m: ELLA(m, eigenfunctions=found, residual=residual, **quiet))
+        return make
 
-    published = NystromLaplace
-    return {
-        "MAP": Method(lambda model: MAP(model, **quiet)),
-        "temperature scaling": Method(lambda model: TemperatureScaling(model, **quiet)),
-        "last-layer Laplace, full": last_layer("full"),
-        "last-layer Laplace, Kronecker": last_layer("kron"),
-        "ELLA, NeuralEF": neural("diag"),
-        "ELLA, NeuralEF, factor": neural("factor"),
-        "ELLA, Nyström k = 20, as in the paper": Method(
-            nystrom(20, "none"), slow=True, tune=lambda *given: stopped_early(*given, fitted_on)
+    def neural(residual: str) -> Callable[[Network], Predictor]:
+        def make(network: Network) -> Predictor:
+            found = SampledOnce(NeuralEF(**size), network.stores[0])
+            return ELLA(network.model, eigenfunctions=found, residual=residual, **quiet)
+
+        return make
+
+    def published(network: Network) -> Predictor:
+        return NystromLaplace(network.model, rank=few, subsample=args.num_rows, **quiet)
+
+    def paper(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+        return stopped_early(method, rows, labels, args.fit_slow_on)
+
+    plain = {"MAP": keep, "temperature scaling": tune}
+    return [
+        Family(lambda network: TemperatureScaling(network.body, **quiet), plain),
+        Family(last_layer("full"), {"last-layer Laplace, full": tune}),
+        Family(last_layer("kron"), {"last-layer Laplace, Kronecker": tune}),
+        Family(neural("diag"), {"ELLA, NeuralEF": tune}),
+        Family(neural("factor"), {"ELLA, NeuralEF, factor": tune}),
+        Family(
+            nystrom(few, "none"),
+            {
+                "ELLA, Nyström k = 20, as in the paper": paper,
+                "ELLA, Nyström k = 20, no residual": tune,
+            },
+            slow=True,
         ),
-        "ELLA, Nyström k = 20, no residual": Method(nystrom(20, "none"), slow=True),
-        "ELLA, Nyström k = 64": Method(nystrom(64, "diag"), slow=True),
-        "laplace-torch ELLA, k = 20": Method(
-            lambda model: published(model, rank=min(20, rows), subsample=rows, **quiet), slow=True
+        Family(nystrom(few, "diag"), {"ELLA, Nyström k = 20": tune}, slow=True),
+        Family(nystrom(rank, "diag"), {"ELLA, Nyström k = 64": tune}, slow=True),
+        Family(nystrom(rank, "exact"), {"ELLA, Nyström k = 64, full residual": tune}, slow=True),
+        Family(published, {"laplace-torch ELLA, k = 20": tune}, slow=True),
+        Family(
+            lambda network: KroneckerLaplace(network.model, **quiet),
+            {"Kronecker Laplace, all weights": tune},
+            slow=True,
         ),
-        "Kronecker Laplace, all weights": Method(
-            lambda model: KroneckerLaplace(model, **quiet), slow=True
-        ),
-    }
+    ]
 
 
 def stopped_early(
@@ -237,97 +236,136 @@ def stopped_early(
 
 @dataclass(frozen=True)
 class Unit:
-    """One method on one network.
+    """One family on one network.
 
     Attributes:
-        arch: The network.
-        name: The method.
-        method: How it is made and tuned.
+        network: The network.
+        family: The methods.
     """
 
-    arch: str
-    name: str
-    method: Method
+    network: Network
+    family: Family
 
-    def run(self, args: argparse.Namespace, data: Data, wanted: Iterable[str]) -> dict[str, list]:
+    def run(
+        self, args: argparse.Namespace, data: Data, wanted: Iterable[str]
+    ) -> dict[str, list[dict[str, Any]]]:
         """Rows of the wanted measures, by measure."""
-        model = load_model(self.arch, checkpoint_path(self.arch, data.root)).to(args.device)
-        fitted, seconds = timed(lambda: self.method.make(model).fit(data.fitting.loader()))
+        count = args.fit_slow_on if self.family.slow else args.fit_on
+        fitted, cost = self._fitted(data.fitting(count).loader())
+        cost |= self._cost(fitted, data, args.device)
         test = fitted.evaluated(data.test.loader())
-        cost = {"fit_seconds": seconds, **self._cost(fitted, data, args.device)}
-        rows: dict[str, list] = {measure: [] for measure in wanted}
-        held_out = [self._held_out(test, data, seed) for seed in self._seeds(args)]
-        if "calibration" in rows:
-            cropped = fitted.evaluated(data.cropped.loader())
-            for seed, (tuned, test_rows) in zip(self._seeds(args), held_out, strict=True):
-                b = {"protocol": "B", "seed": seed, **scores(tuned, test_rows, data), **cost}
-                rows["calibration"].append(b)
-                chosen = torch.randperm(len(cropped), generator=_seeded(seed))[:NUM_VAL]
-                other = self.method.tune(_copy(cropped), chosen, data.cropped.y[chosen])
-                tuned = _copy(test, other)
-                everything = torch.arange(len(test))
-                a = {"protocol": "A", "seed": seed, **scores(tuned, everything, data), **cost}
-                rows["calibration"].append(a)
-        if "ood" in rows:
-            rows["ood"] = list(self._ood(fitted, held_out, data))
-        if "shift" in rows:
-            rows["shift"] = list(self._shift(fitted, held_out, data))
-        named = {"arch": self.arch, "method": self.name}
-        return {measure: [{**named, **row} for row in found] for measure, found in rows.items()}
+        rows: dict[str, list[dict[str, Any]]] = {measure: [] for measure in wanted}
+        for name, tuning in self.family.tunings.items():
+            tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(args)]
+            named = {"arch": self.network.name, "method": name}
+            if "calibration" in rows:
+                found = [*held_out(tuned, data), *paper(fitted, test, data, args, tuning)]
+                rows["calibration"] += [{**named, **row, **cost} for row in found]
+            if "ood" in rows:
+                rows["ood"] += [{**named, **row} for row in out_of_distribution(tuned, data)]
+            if "shift" in rows:
+                rows["shift"] += [{**named, **row} for row in under_shift(tuned, data)]
+        return rows
 
-    @staticmethod
-    def _seeds(args: argparse.Namespace) -> range:
-        return range(args.first_seed, args.first_seed + args.seeds)
+    def _fitted(self, loader: Iterable[Any]) -> tuple[Predictor, dict[str, Any]]:
+        """CPU seconds and memory of the fit, with those of what was read from the stores."""
+        for store in self.network.stores:
+            store.seconds = store.bytes = 0.0
+        start = time.process_time()
+        with PeakMemory("cpu") as memory:
+            fitted = self.family.make(self.network).fit(loader)
+        seconds = time.process_time() - start
+        peak = memory.bytes
+        for store in self.network.stores:
+            seconds, peak = seconds + store.seconds, max(peak, store.bytes)
+        return fitted, {"fit_seconds": seconds, "fit_bytes": peak}
 
-    def _held_out(self, test: Evaluated, data: Data, seed: int) -> tuple[Evaluated, Tensor]:
-        """Protocol B: the method tuned on some test images, and the rows of the others."""
-        val, rest = _split(len(test), seed)
-        return self.method.tune(_copy(test), val, data.test.y[val]), rest
-
-    @staticmethod
-    def _cost(fitted: Predictor, data: Data, device: str) -> dict[str, float]:
+    def _cost(self, fitted: Predictor, data: Data, device: str) -> dict[str, Any]:
         batch = data.test.x[:256].to(device)
-        with torch.no_grad():
+        model = self.network.model
+        with torch.no_grad(), self.network.closed():
             ratio = forward_ratio(
-                lambda: fitted.predict_proba(batch, n_samples=64),
-                lambda: fitted.model(batch),
-                repeats=5,
+                lambda: fitted.predict_proba(batch, n_samples=64), lambda: model(batch), repeats=5
             )
         return {"predict_ratio": ratio, "state_bytes": fitted.state_bytes}
 
-    def _ood(
-        self, fitted: Predictor, held_out: list[tuple[Evaluated, Tensor]], data: Data
-    ) -> Iterable[dict[str, Any]]:
-        inside = [tuned.uncertainty([rest]) for tuned, rest in held_out]
-        for source, images in data.ood.items():
-            outside = fitted.evaluated(images.loader())
-            for seed, (tuned, _) in enumerate(held_out):
-                at = _copy(outside, tuned).uncertainty([torch.arange(len(outside))])
-                for score in SCORES:
-                    yield {
-                        "seed": seed,
-                        "source": source,
-                        "score": score,
-                        **detection(inside[seed], at, score),
-                    }
 
-    def _shift(
-        self, fitted: Predictor, held_out: list[tuple[Evaluated, Tensor]], data: Data
-    ) -> Iterable[dict[str, Any]]:
-        for kind in CORRUPTIONS:
-            for severity in range(1, 6):
-                images = data.corrupted(kind, severity)
-                shifted = fitted.evaluated(images.loader())
-                for seed, (tuned, rest) in enumerate(held_out):
-                    rows = rest[rest < len(shifted)]  # not those it was tuned on
-                    probs = _copy(shifted, tuned).predict_proba([rows])
-                    yield {
-                        "seed": seed,
-                        "corruption": kind,
-                        "severity": severity,
+@dataclass(frozen=True)
+class Tuned:
+    """A method tuned on some test images.
+
+    Attributes:
+        seed: Drew them.
+        fitted: The method.
+        test: Its evaluation of the test images, tuned.
+        rest: Rows of the images that it was not tuned on.
+    """
+
+    seed: int
+    fitted: Predictor
+    test: Evaluated
+    rest: Tensor
+
+    @classmethod
+    def on(cls, test: Evaluated, labels: Tensor, seed: int, tuning: Tune) -> "Tuned":
+        """Tune on 2,000 of the test images, or on a quarter of them if that is less."""
+        order = torch.randperm(len(test), generator=_seeded(seed))
+        num_val = min(NUM_VAL, len(test) // 4)
+        val, rest = order[:num_val], order[num_val:]
+        return cls(seed, test.method, tuning(copied(test), val, labels[val]), rest)
+
+
+def held_out(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
+    """Protocol B: tuned on some test images, tested on the others."""
+    for each in tuned:
+        found = scores(each.test, each.rest, data)
+        yield {"protocol": "B", "seed": each.seed, **found, **chosen(each.test)}
+
+
+def paper(
+    fitted: Predictor, test: Evaluated, data: Data, args: argparse.Namespace, tuning: Tune
+) -> Iterator[dict[str, Any]]:
+    """Protocol A: tuned on cropped training images, tested on all test images."""
+    cropped = fitted.evaluated(data.cropped.loader())
+    for seed in seeds(args):
+        rows = torch.randperm(len(cropped), generator=_seeded(seed))[:NUM_VAL]
+        other = tuning(copied(cropped), rows, data.cropped.y[rows])
+        tuned = copied(test, other)
+        found = scores(tuned, torch.arange(len(test)), data)
+        yield {"protocol": "A", "seed": seed, **found, **chosen(other)}
+
+
+def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
+    """How well each score tells test images from those of each source; lists over the seeds."""
+    inside = [each.test.uncertainty([each.rest]) for each in tuned]
+    for source, images in data.ood.items():
+        outside = tuned[0].fitted.evaluated(images.loader())
+        rows = torch.arange(len(outside))
+        at = [copied(outside, each.test).uncertainty([rows]) for each in tuned]
+        for score in SCORES:
+            pairs = zip(inside, at, strict=True)
+            found = [detection(first, second, score) for first, second in pairs]
+            yield {"source": source, "score": score, **listed(found)}
+
+
+def under_shift(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
+    """NLL and ECE on corrupted images that a method was not tuned on; lists over the seeds."""
+    for kind in CORRUPTIONS:
+        for severity in range(1, 6):
+            images = data.corrupted(kind, severity)
+            shifted = tuned[0].fitted.evaluated(images.loader())
+            found = []
+            for each in tuned:
+                rows = each.rest[each.rest < len(shifted)]
+                probs = copied(shifted, each.test).predict_proba([rows])
+                found.append(
+                    {
+                        "accuracy": (probs.argmax(1) == images.y[rows]).double().mean().item(),
                         "nll": negative_log_likelihood(probs, images.y[rows]),
                         "ece": expected_calibration_error(probs, images.y[rows]),
                     }
+                )
+            yield {"corruption": kind, "severity": severity, **listed(found)}
 
 
 def scores(method: Evaluated, rows: Tensor, data: Data) -> dict[str, Any]:
@@ -353,7 +391,7 @@ def probability_scores(probs: Tensor, labels: Tensor, human: Tensor) -> dict[str
         "human_cross_entropy": cross_entropy_to(probs, human),
         "human_kl": divergence_from(probs, human),
         "aurc": area_under_risk_coverage(uncertain, wrong),
-        "risk": risk[at].tolist(),
+        "risk": [round(value, 5) for value in risk[at].tolist()],
     }
 
 
@@ -363,68 +401,71 @@ def detection(inside: Uncertainty, outside: Uncertainty, score: str) -> dict[str
     return {"auroc": auroc(*pair), "aupr": aupr(*pair), "fpr95": fpr_at_95_tpr(*pair)}
 
 
-def ensemble_rows(args: argparse.Namespace, data: Data) -> list[dict[str, Any]]:
-    """The mean of the networks' probabilities, at the cost of all of them."""
-    total = torch.zeros(len(data.test.y), 10, dtype=torch.float64)
-    for arch in args.archs:
-        model = load_model(arch, checkpoint_path(arch, data.root)).to(args.device)
-        fitted = MAP(model, progress=False).fit(data.fitting.loader())
-        total += fitted.predict_proba(data.test.loader()).double().cpu() / len(args.archs)
-    everything = probability_scores(total, data.test.y, data.human)
-    rows = [{"protocol": "A", "seed": args.first_seed, **everything}]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        rest = _split(len(total), seed)[1]
-        found = probability_scores(total[rest], data.test.y[rest], data.human[rest])
-        rows.append({"protocol": "B", "seed": seed, **found})
-    return [{"arch": "all", "method": ENSEMBLE, **row} for row in rows]
+def chosen(method: Evaluated) -> dict[str, float]:
+    """The hyperparameters in use."""
+    found = method.hyperparameters
+    assert found is not None
+    return {
+        "prior_precision": found.prior_precision,
+        "temperature": found.temperature,
+        "logit_temperature": found.logit_temperature,
+    }
+
+
+def listed(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    """One list for each key, rounded: the study has thousands of them."""
+    return {key: [round(each[key], 5) for each in found] for key in found[0]}
+
+
+def copied(method: Evaluated, like: Evaluated | None = None) -> Evaluated:
+    """The same evaluation with its own hyperparameters, or with those of another."""
+    twin = Evaluated(method.method, method._evaluation)
+    if like is not None:
+        twin.hyperparameters = like.hyperparameters
+    return twin
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """All of the study."""
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
 def run_suite(args: argparse.Namespace, measures: Iterable[str] = MEASURES) -> None:
     """Run what is missing from the result files of the measures, writing after each unit."""
-    paths = {measure: args.out / f"{measure}-suite.json" for measure in measures}
-    found = {measure: _stored(path, args) for measure, path in paths.items()}
     data = Data(args)
-    chosen = {
-        name: method
-        for name, method in methods(args).items()
-        if (args.slow or not method.slow) and any(p in name for p in (args.only or "").split("|"))
-    }
-    units = [Unit(arch, name, each) for arch in args.archs for name, each in chosen.items()]
-    for unit in tqdm(units, desc="methods × networks"):
-        missing = [
-            measure
-            for measure, rows in found.items()
-            if not any((r["arch"], r["method"]) == (unit.arch, unit.name) for r in rows)
-        ]
-        if not missing:
-            continue
-        for measure, rows in unit.run(args, data, missing).items():
-            found[measure] += rows
-            save_results(paths[measure], settings(args), found[measure])
-    calibration = found.get("calibration")
-    if calibration is None or len(args.archs) == 1:
-        return
-    if not any(row["method"] == ENSEMBLE for row in calibration):
-        calibration += ensemble_rows(args, data)
-        save_results(paths["calibration"], settings(args), calibration)
+    sizes = {"calibration": args.num_test, "ood": args.num_ood, "shift": args.num_shift}
+    for name in args.archs:
+        paths = {m: args.out / f"{m}-{name}.json" for m in measures if sizes[m]}
+        found = {measure: _stored(path, args) for measure, path in paths.items()}
+        network = Network.published(name, data.root, args.kept or args.out / "kept", args.device)
+        for family in tqdm(_chosen_families(args, name), desc=name):
+            missing = [
+                measure
+                for measure, rows in found.items()
+                if not {row["method"] for row in rows} >= family.tunings.keys()
+            ]
+            if not missing:
+                continue
+            for measure, rows in Unit(network, family).run(args, data, missing).items():
+                found[measure] += rows
+                save_results(paths[measure], settings(args), found[measure])
+
+
+def _chosen_families(args: argparse.Namespace, name: str) -> list[Family]:
+    """Those that `--only` and `--slow` leave; of the ensemble, the plain ones."""
+    wanted = args.only.split("|") if args.only else [""]
+    return [
+        family
+        for family in families(args)
+        if (args.slow or not family.slow)
+        and (name != ENSEMBLE or "MAP" in family.tunings)
+        and any(part in title for part in wanted for title in family.tunings)
+    ]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for rows to be comparable, with the rest of the command line."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-
-
-def pivot(rows: Iterable[Row], metric: str, across: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows with one entry for each value of `across`, for a wide table; and those values."""
-    grouped: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for row in rows:
-        cell = grouped.setdefault((row["method"], row["seed"]), {})
-        cell.setdefault(str(row[across]), []).append(row[metric])
-    wide = [
-        {"method": method, "seed": seed, **{k: statistics.fmean(v) for k, v in cells.items()}}
-        for (method, seed), cells in grouped.items()
-    ]
-    return wide, list(dict.fromkeys(key for cells in grouped.values() for key in cells))
 
 
 def _stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -436,30 +477,14 @@ def _stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     results = load_results(path)
-    same = ("fit_on", "num_inputs", "num_cropped", "num_test", "num_ood", "num_shift")
     now, then = settings(args), results["settings"]
-    changed = [key for key in (*same, "seeds", "first_seed") if now[key] != then.get(key)]
+    changed = [key for key in (*SIZES, "seeds", "first_seed") if now[key] != then.get(key)]
     if changed:
         raise ValueError(
             f"{path} was made with another {', '.join(changed)}. Give the same options to go on "
             f"with it, or another --out to start anew."
         )
     return results["rows"]
-
-
-def _copy(method: Evaluated, like: Evaluated | None = None) -> Evaluated:
-    """The same evaluation with its own hyperparameters, or with those of another."""
-    twin = Evaluated(method.method, method._evaluation)
-    if like is not None:
-        twin.hyperparameters = like.hyperparameters
-    return twin
-
-
-def _split(num_examples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Protocol B: rows to tune on and rows to test on."""
-    order = torch.randperm(num_examples, generator=_seeded(seed))
-    num_val = min(NUM_VAL, num_examples // 4)
-    return order[:num_val], order[num_val:]
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -5,7 +5,8 @@
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` gets the table of
 `experiments/results/NAME.json` and a line that says what was run, and where. The block `spectral`
-gets a line for each result file of `experiments/spectral/results`.
+gets a line for each result file of `experiments/spectral/results`. A name FOLDER/KEY is a table of
+the CIFAR-10 study in that folder, whose figures are drawn anew, too.
 """
 
 import argparse
@@ -21,11 +22,19 @@ from _report import (
     load_results,
     markdown_table,
 )
+from _study import TABLES, Study, draw
 
+FIGURE_METHODS = (
+    "MAP",
+    "temperature scaling",
+    "last-layer Laplace, Kronecker",
+    "ELLA, NeuralEF",
+    "ELLA, NeuralEF, factor",
+)
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", SPECTRAL / "README.md")
-BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def spectral_table() -> str:
@@ -54,6 +63,10 @@ def table(name: str) -> str:
     """The table of one result file and the line below it."""
     if name == "spectral":
         return spectral_table()
+    if "/" in name:
+        folder, key = name.split("/")
+        study = Study(EXPERIMENTS / "results" / folder)
+        return f"{TABLES[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     columns, by = COLUMNS, "method"
     if name.startswith("eigenfunctions"):
@@ -87,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.check and new != old:
             sys.exit(f"{page.name} is out of date: run python experiments/tables.py")
         page.write_text(new)
+    if not args.check:
+        draw(Study(EXPERIMENTS / "results" / "cifar10"), FIGURE_METHODS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The CIFAR-10 study: early stopping, wide tables, and going on where it stopped."""
+"""The CIFAR-10 study: early stopping, what is kept on disk, and going on where it stopped."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 from cases import loader_of, make_case
 
-from ella import ELLA, Nystrom
+from ella import ELLA, NeuralEF, Nystrom, Training
+from ella.linearize import Linearized
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -19,7 +21,8 @@ def suite(monkeypatch):
     pytest.importorskip("laplace")
     monkeypatch.syspath_prepend(EXPERIMENTS)
     yield __import__("_suite")
-    sys.modules.pop("_suite")
+    for name in ("_suite", "_store", "_images"):
+        sys.modules.pop(name, None)
 
 
 def test_early_stopping_is_a_temperature(suite):
@@ -47,49 +50,29 @@ def test_early_stopping_is_a_temperature(suite):
     assert -best == pytest.approx(nlls[chosen], abs=2e-3)
 
 
-def test_pivot_makes_a_wide_row_of_each_method_and_seed(suite):
-    rows = [
-        {"method": "a", "seed": s, "arch": arch, "nll": s + i}
-        for s in (0, 1)
-        for i, arch in enumerate(("one", "two", "two"))
-    ]
-    wide, columns = suite.pivot(rows, "nll", "arch")
-    assert columns == ["one", "two"]
-    assert wide[1] == {"method": "a", "seed": 1, "one": 1.0, "two": 2.5}
-
-
-SIZES = {
-    "fit_on": 10,
-    "num_inputs": 10,
-    "num_cropped": 10,
-    "num_test": 10,
-    "num_ood": 10,
-    "num_shift": 10,
-    "seeds": 1,
-    "first_seed": 0,
-}
-
-
 def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
-    args = argparse.Namespace(
-        **SIZES, archs=["one"], only="MAP|temperature", slow=False, smoke=True, out=tmp_path
-    )
-    monkeypatch.setattr(suite, "Data", lambda args: None)
+    parser = argparse.ArgumentParser()
+    suite.add_options(parser)
+    args = parser.parse_args(["--archs", "resnet20"])
+    more = {"seeds": 1, "first_seed": 0, "slow": False, "smoke": True, "device": "cpu"}
+    vars(args).update(more, only="temperature|full", out=tmp_path)
+    monkeypatch.setattr(suite, "Data", lambda args: argparse.Namespace(root=tmp_path))
+    monkeypatch.setattr(suite.Network, "published", lambda name, *_: argparse.Namespace(name=name))
     ran, killed = [], []
 
     def run(unit, args, data, wanted):
-        if unit.name == "temperature scaling" and not killed:
+        if "MAP" not in unit.family.tunings and not killed:
             killed.append(True)
             raise KeyboardInterrupt
-        ran.append(unit.name)
-        named = {"arch": unit.arch, "method": unit.name, "seed": 0}
-        return {measure: [named] for measure in wanted}
+        ran.extend(unit.family.tunings)
+        rows = [{"arch": unit.network.name, "method": name} for name in unit.family.tunings]
+        return {measure: list(rows) for measure in wanted}
 
     monkeypatch.setattr(suite.Unit, "run", run)
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(args)
     suite.run_suite(args)
-    assert ran == ["MAP", "temperature scaling"]
+    assert ran == ["MAP", "temperature scaling", "last-layer Laplace, full"]
     suite.run_suite(argparse.Namespace(**{**vars(args), "only": None}), ["ood"])
     assert ran.count("MAP") == 1
     assert "ELLA, NeuralEF" in ran
@@ -98,13 +81,81 @@ def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
         suite.run_suite(args)
 
 
+def test_ensemble_is_the_mean_of_probabilities(suite):
+    members = [torch.nn.Linear(3, 4) for _ in range(3)]
+    x = torch.randn(5, 3)
+    mean = torch.stack([member(x).softmax(1) for member in members]).mean(0)
+    torch.testing.assert_close(suite.Ensemble(members)(x).softmax(1), mean)
+
+
+class Digits(torch.nn.Module):
+    """A small classifier with a last layer `fc`, as the published networks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.nn.Linear(64, 12)
+        self.fc = torch.nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(self.hidden(x).tanh())
+
+
+@pytest.fixture
+def kept(suite, tmp_path):
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 64), torch.arange(60) % 4
+    store = __import__("_store").Store(tmp_path)
+    return Digits(), loader_of(x, y), x, store
+
+
+def test_kept_passes_give_what_the_plain_methods_give(suite, kept, monkeypatch):
+    """Whatever is read from disk: the same features, of every rank and residual, and networks."""
+    model, loader, x, store = kept
+    quiet = {"progress": False}
+    large = Nystrom(8, 30)
+    for rank, residual in ((8, "exact"), (4, "diag"), (3, "none")):
+        plain = ELLA(model, eigenfunctions=Nystrom(rank, 30), residual=residual, **quiet)
+        once = suite.ProjectedOnce(large, rank, store)
+        found = ELLA(model, eigenfunctions=once, residual=residual, **quiet).fit(loader)
+        expected = plain.fit(loader).logits(x)[1]
+        torch.testing.assert_close(found.logits(x)[1], expected, rtol=1e-3, atol=1e-5)
+        with store.closed():
+            torch.testing.assert_close(found.logits(x)[1], expected, rtol=1e-3, atol=1e-5)
+        assert found.state_bytes == plain.state_bytes
+    neural = NeuralEF(rank=4, num_inputs=60, num_directions=16, teacher=Training(steps=20))
+    expected = ELLA(model, eigenfunctions=neural, **quiet).fit(loader).predict_proba(x)
+    for _ in range(2):  # made, then read
+        once = suite.SampledOnce(neural, store)
+        found = ELLA(model, eigenfunctions=once, **quiet).fit(loader)
+        torch.testing.assert_close(found.predict_proba(x), expected)
+    body = suite.KeptBody(model, store)
+    for _ in range(2):
+        torch.testing.assert_close(body(x), model(x))
+
+    def refuse(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(Linearized, "jacobian", refuse)
+    again = suite.ProjectedOnce(large, 5, store)
+    ELLA(model, eigenfunctions=again, **quiet).fit(loader)
+    monkeypatch.setattr(model.hidden, "forward", refuse)
+    body(x)
+    assert store.seconds > 0
+    assert store.bytes > 0
+
+
 @pytest.mark.slow
 def test_study_of_one_network(suite, tmp_path, monkeypatch):
     if not os.environ.get("ELLA_DATA"):
         pytest.skip("needs real data: set ELLA_DATA to the data folder")
-    sizes = ["--fit-on", "60", "--num-inputs", "60", "--num-cropped", "60", "--num-test", "60"]
-    sizes += ["--num-ood", "20", "--num-shift", "20", "--seeds", "1", "--only", "MAP|Nyström k"]
-    module = __import__("ood")
-    module.main(["--smoke", "--slow", "--archs", "resnet20", *sizes, "--out", str(tmp_path)])
-    assert (tmp_path / "ood-suite.json").exists()
-    sys.modules.pop("ood")
+    sizes = ["fit-on", "fit-slow-on", "num-inputs", "num-cropped", "num-test", "num-rows"]
+    options = [each for size in sizes for each in (f"--{size}", "60")]
+    options += ["--num-ood", "20", "--num-shift", "20", "--seeds", "1"]
+    options += ["--only", "MAP|Nyström k|NeuralEF", "--smoke", "--slow", "--out", str(tmp_path)]
+    module = __import__("calibration")
+    module.main(["--suite", "cifar10", "--archs", "resnet20", "ensemble", *options])
+    for measure in suite.MEASURES:
+        rows = json.loads((tmp_path / f"{measure}-resnet20.json").read_text())["rows"]
+        assert "ELLA, NeuralEF, factor" in {row["method"] for row in rows}
+        assert (tmp_path / f"{measure}-ensemble.json").exists()
+    sys.modules.pop("calibration")

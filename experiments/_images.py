@@ -1,0 +1,103 @@
+"""The images of the CIFAR-10 study, in one order for all methods."""
+
+import argparse
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from _data import Task, data_root, load_idx, load_mosaic, load_task, normalize
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2 import RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images.
+
+    Attributes:
+        x: Normalized, shape (n, 3, 32, 32).
+        y: Class indices, shape (n,); zeros where there are none.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def loader(self, batch_size: int = 250) -> DataLoader:
+        """In order."""
+        return DataLoader(TensorDataset(self.x, self.y), batch_size=batch_size)
+
+    def first(self, count: int) -> "Images":
+        """The first `count` of them."""
+        return Images(self.x[:count], self.y[:count])
+
+
+class Data:
+    """All images of the study. What comes first in each set is the same for every method.
+
+    Args:
+        args: Sizes (`_suite.add_options`) and root.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.root = args, data_root(args.root)
+        self.task: Task = load_task("cifar10", args.root, num_val=1)
+        # The task shuffles the test set; the human labels come in its first order.
+        images = load_mosaic(self.root / "cifar10" / "test_batch.webp")
+        stored = np.load(self.root / "cifar10" / "labels.npz")
+        labels = torch.from_numpy(stored["test_batch_labels"].astype(np.int64))
+        count = args.num_test
+        self.test = Images(self._normalized(images[:count]), labels[:count])
+        self._corrupted: dict[tuple[str, int], Images] = {}
+
+    def fitting(self, count: int) -> Images:
+        """Training images in one random order."""
+        return self._training(count)
+
+    @cached_property
+    def human(self) -> Tensor:
+        """Shares of people who chose each class (CIFAR-10H), shape (n, 10)."""
+        stored = np.load(self.root / "cifar10h" / "cifar10h_counts.npz")
+        counts = torch.from_numpy(stored["counts"]).double()[: len(self.test.y)]
+        return counts / counts.sum(1, keepdim=True)
+
+    @cached_property
+    def cropped(self) -> Images:
+        """Training images as RandomResizedCrop(32, scale=(0.5, 1)) shows them, once each."""
+        chosen = self._training(self.args.num_cropped, seed=1)
+        crop = RandomResizedCrop(32, scale=(0.5, 1), antialias=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Images(torch.stack([crop(image) for image in chosen.x]), chosen.y)
+
+    @cached_property
+    def ood(self) -> dict[str, Images]:
+        """Images of no class of CIFAR-10, grey ones padded to 32 pixels."""
+        count = self.args.num_ood
+        sources = dict(self.task.ood)
+        for name in ("FashionMNIST", "MNIST"):
+            grey = load_idx(self.root / name / "raw" / "t10k-images-idx3-ubyte.gz")[:count]
+            padded = nn.functional.pad(grey.unsqueeze(1).expand(-1, 3, -1, -1), (2, 2, 2, 2))
+            sources[name] = self._normalized(padded)
+        return {
+            name: Images(x[:count], torch.zeros(len(x[:count]), dtype=torch.long))
+            for name, x in sources.items()
+        }
+
+    def corrupted(self, kind: str, severity: int) -> Images:
+        """The first test images, corrupted; made once."""
+        if (kind, severity) not in self._corrupted:
+            some = self.test.first(self.args.num_shift)
+            clean = replace(self.task, test=TensorDataset(some.x, some.y))
+            made = Images(*clean.corrupted_test(kind, severity).tensors)
+            self._corrupted[kind, severity] = made
+        return self._corrupted[kind, severity]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return normalize(images, self.task.mean, self.task.std)
+
+    def _training(self, count: int, seed: int = 0) -> Images:
+        x, y = self.task.train.tensors
+        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
+        return Images(x[rows], y[rows])
