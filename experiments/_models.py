@@ -1,6 +1,7 @@
 """Classifiers of the experiments: small convolution nets trained here, published CIFAR ResNets."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,26 @@ class CifarResNet(nn.Module):
         out = torch.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.fc(self.avgpool(out).flatten(1))
+
+
+class Ensemble(nn.Module):
+    """The mean of several classifiers' probabilities, as one classifier.
+
+    Reference: Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles
+    (Lakshminarayanan et al., 2016), https://arxiv.org/abs/1612.01474
+
+    Args:
+        members: Classifiers with logits (n, c).
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log probabilities (n, c), which are their own logits."""
+        logs = torch.stack([member(x).log_softmax(1) for member in self.members])
+        return logs.logsumexp(0) - math.log(len(self.members))
 
 
 def resnet(depth: int, num_classes: int = 10) -> CifarResNet:
