@@ -4,7 +4,7 @@ A table has the name of the folder of its results, a slash, and a key of `TABLES
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,15 +83,6 @@ class Study:
         ]
         return statistics.fmean(found) if found else None
 
-    def spread(self, measure: str, key: str, **where: str) -> float | None:
-        """Standard deviation of an entry over the rows that have these values."""
-        found = [
-            row[key]
-            for row in self._indexed(measure)
-            if all(row.get(name) == value for name, value in where.items())
-        ]
-        return statistics.stdev(found) if len(found) > 1 else None
-
     def networks(self, measure: str = "calibration") -> list[str]:
         """Those that have results, without the ensemble."""
         return [name for name in self._names(measure) if name != ENSEMBLE]
@@ -135,11 +126,17 @@ def grid(
     lines: Mapping[str, Sequence[float | None]],
     formats: Sequence[str],
     best: Sequence[Best],
-    spreads: Mapping[str, Sequence[float | None]] | None = None,
+    references: Collection[str] = (),
 ) -> str:
     """A Markdown table of numbers, the best of each column in bold; "–" where there is none.
 
-    Lines whose name begins with "published" never count as best.
+    Args:
+        corner: Heading of the first column.
+        columns: The other headings.
+        lines: Numbers by name.
+        formats: Of each column.
+        best: Chooses the best of each column; None for no choice.
+        references: Names of lines that are not rivals.
     """
     out = [[corner, *columns], ["---", *["---:"] * len(columns)]]
     for name, values in lines.items():
@@ -150,14 +147,11 @@ def grid(
                 continue
             text = formats[j].format(value)
             choose = best[j]
-            if choose is not None:
-                rivals = [
-                    line[j] for other, line in lines.items() if not other.startswith("published")
-                ]
+            if choose is not None and name not in references:
+                rivals = [line[j] for other, line in lines.items() if other not in references]
                 top = choose(rival for rival in rivals if rival is not None)
                 text = f"**{text}**" if text == formats[j].format(top) else text
-            spread = spreads[name][j] if spreads and name in spreads else None
-            cells.append(text if spread is None else f"{text} ± {formats[j].format(spread)}")
+            cells.append(text)
         out.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in out)
 
@@ -172,27 +166,21 @@ def protocol(study: Study, letter: str) -> str:
         lines[method] = [
             study.mean("calibration", key, arch=name, **where) for key, name in wheres
         ]
-    mean = study.mean("calibration", "nll", arch=ENSEMBLE, method="MAP", protocol=letter)
-    if mean is not None:
+    rivals = set(lines)
+    if study.mean("calibration", "nll", arch=ENSEMBLE) is not None:
         for title, method in (("", "MAP"), (f", {SCALING}", SCALING)):
             where = {"arch": ENSEMBLE, "method": method, "protocol": letter}
-            cells = [study.mean("calibration", key, **where) for key in ("nll", "ece")]
-            lines[f"ensemble of the four{title}"] = [
-                *[None] * (len(names) - 1),
-                cells[0],
-                *[None] * (len(names) - 1),
-                cells[1],
-            ]
+            nll, ece = (study.mean("calibration", key, **where) for key in ("nll", "ece"))
+            blank = [None] * (len(names) - 1)
+            lines[f"ensemble of the four{title}"] = [*blank, nll, *blank, ece]
     if letter == "A":
         order = list(NETWORKS)
         for title, both in PUBLISHED.items():
             lines[title] = [part[order.index(name)] for part in both for name in names]
     columns = [f"{title}, {NETWORKS[name]}" for title in ("NLL", "ECE") for name in names]
     count = len(columns)
-    # The ensemble, at four times the cost, is a reference and not a rival.
-    shown = {(f"published {k}" if "ensemble" in k else k): v for k, v in lines.items()}
-    text = grid("method", columns, shown, ["{:.4f}"] * count, [min] * count)
-    return text.replace("published ensemble", "ensemble")
+    references = lines.keys() - rivals  # the ensemble costs four times as much
+    return grid("method", columns, lines, ["{:.4f}"] * count, [min] * count, references)
 
 
 def metrics(study: Study) -> str:
