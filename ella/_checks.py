@@ -10,6 +10,8 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 """One batch of model inputs: `model(x)`, `model(*x)` or `model(**x)`; axis 0 is n examples."""
 
 LABEL_KEYS = ("labels", "label", "y", "target")
+MASK_KEY = "attention_mask"
+"""Where a mapping holds the mask (n, positions) of its sequences: 0 is padding."""
 
 
 class NotFittedError(RuntimeError):
@@ -57,9 +59,26 @@ def take(x: Inputs, part: slice | Tensor) -> Inputs:
     return map_inputs(x, lambda tensor: tensor[part])
 
 
+def attention_mask(x: Inputs) -> Tensor | None:
+    """The mask of padded sequences, shape (n, positions), if the inputs say which they are."""
+    mask = x.get(MASK_KEY) if isinstance(x, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def concatenate(parts: Sequence[Inputs]) -> Inputs:
-    """Join batches of one structure along the examples."""
+    """Join batches of one structure along the examples.
+
+    Raises:
+        ValueError: If examples differ in shape from one batch to the next.
+    """
     first = parts[0]
+    shapes = {tuple(tensor.shape[1:] for tensor in input_tensors(part)) for part in parts}
+    if len(shapes) > 1:
+        one, other = sorted(shapes)[:2]
+        raise ValueError(
+            f"Examples must have one shape in all batches; got {[tuple(s) for s in one]} and "
+            f"{[tuple(s) for s in other]}. Pad all sequences to one length."
+        )
     if isinstance(first, Tensor):
         return torch.cat(list(parts))  # type: ignore[arg-type]
     if isinstance(first, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, take
+from ella._checks import Inputs, attention_mask, take
 from ella.linearize import Linearized
 
 MAX_WIDTH = 2048
@@ -32,15 +32,27 @@ class Tap:
     side: str
     channels_first: bool
 
-    def pool(self, activation: Tensor) -> Tensor:
+    def pool(self, activation: Tensor, mask: Tensor | None = None) -> Tensor:
         """Means, standard deviations and shares above zero of each channel, or the vector: (n, d).
 
         The share above zero is, before a ReLU, the share of positions that gradients pass.
+
+        Args:
+            activation: Shape (n, d), or (n, channels, *positions), or (n, *positions, channels).
+            mask: Zero at the positions that are padding and do not count, shape (n, positions);
+                it has no say over activations with another number of positions.
         """
         if activation.ndim == 2:
             return activation
         channels = activation if self.channels_first else activation.movedim(-1, 1)
         flat = channels.flatten(2)
+        if mask is not None and mask.shape == (len(flat), flat.shape[-1]):
+            real = (mask != 0).to(flat).unsqueeze(1)
+            weights = real / real.sum(-1, keepdim=True).clamp_min(1)
+            means = (flat * weights).sum(-1)
+            norms = torch.linalg.vector_norm((flat - means.unsqueeze(-1)) * weights.sqrt(), dim=-1)
+            active = (flat.sign().clamp_(min=0) * weights).sum(-1)
+            return torch.cat([means, norms, active], dim=1)
         # On a CPU `Tensor.std` and sums of booleans take ten to a hundred times as long as these.
         means = flat.mean(-1)
         norms = torch.linalg.vector_norm(flat - means.unsqueeze(-1), dim=-1)
@@ -51,6 +63,9 @@ class Tap:
 
 class FeatureTaps:
     """Logits and pooled activations of several depths, from one forward pass.
+
+    Of padded sequences the padding does not count, if the inputs are a mapping that holds
+    `attention_mask`, as Hugging Face's do.
 
     Args:
         linearized: The model.
@@ -64,12 +79,13 @@ class FeatureTaps:
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
         pooled: dict[int, Tensor] = {}
+        mask = attention_mask(x)
         modules = dict(self.linearized.model.named_modules())
 
         def reader(index: int, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
             def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
                 # Pooled at once: a later in-place operation may overwrite the activation.
-                pooled[index] = tap.pool(_tensor(args if tap.side == "input" else output))
+                pooled[index] = tap.pool(_tensor(args if tap.side == "input" else output), mask)
 
             return read
 
@@ -95,9 +111,11 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
 
     Activations are grouped into stages, runs of one shape, and the last one of each stage is
     taken, the latest `most` stages; a model with few stages (a transformer, an MLP) adds one in
-    the middle of each. Of the last stage of a convolution net, whose weights carry most of the
-    Jacobian, the normalisation layers and blocks are added, the latest first, up to `MAX_WIDTH`
-    features. The input of the last linear layer, the penultimate features, comes last.
+    the middle of each. Of a transformer only what is as wide as its normalisation layers counts:
+    the residual stream, not the inside of its feed-forward blocks. Of the last stage of a
+    convolution net, whose weights carry most of the Jacobian, the normalisation layers and blocks
+    are added, the latest first, up to `MAX_WIDTH` features. The input of the last linear layer,
+    the penultimate features, comes last.
 
     Args:
         linearized: The model.
@@ -105,6 +123,9 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
         most: Upper limit of the number of stages.
     """
     seen = _activations(linearized, x)
+    first = not _channels_last(linearized.model)
+    if not first:
+        seen = _residual_stream(linearized.model, seen)
     runs: list[list[Activation]] = []
     previous = None
     for each in seen:
@@ -115,7 +136,6 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
     chosen = [run[-1] for run in runs[-most:]]
     if len(runs) < 3:
         chosen = [each for run in runs for each in (run[len(run) // 2], run[-1])]
-    first = not _channels_last(linearized.model)
     if first:
         chosen += _last_stage(linearized.model, seen, {each.value for each in chosen})
     taps = [Tap(name, "output", first) for name in dict.fromkeys(each.module for each in chosen)]
@@ -165,6 +185,15 @@ def _activations(linearized: Linearized, x: Inputs) -> list[Activation]:
         each
         for each in seen
         if each.shape != logits.shape[1:] and (len(each.shape) > 1 or each.shape[0] <= MAX_WIDTH)
+    ]
+
+
+def _residual_stream(model: nn.Module, seen: list[Activation]) -> list[Activation]:
+    """Vectors, and what is as wide as a LayerNorm; everything in a model without one."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    widths = {module.normalized_shape[-1] for module in norms}
+    return [
+        each for each in seen if len(each.shape) == 1 or not widths or each.shape[-1] in widths
     ]
 
 

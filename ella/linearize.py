@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class Linearized:
     exception. Parameters with `requires_grad=False` are constants. Attention runs on the `MATH`
     kernel, the one that forward-mode differentiation supports.
 
+    Rows of the Jacobian are computed for several examples at once by `torch.vmap`; a model that
+    refuses it (its forward pass branches on values, as Hugging Face models do on their attention
+    mask) is run one example after the other instead.
+
     All products work in chunks so that the memory they need beyond their result stays within
     `memory_budget`, estimated as (bytes that autograd keeps for one example, plus one gradient
     where one is needed per example) × chunk; a chunk is never smaller than one example or tangent.
@@ -48,7 +53,7 @@ class Linearized:
             raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
         self.model = model
         self.memory_budget = memory_budget
-        self._probed: dict[tuple, tuple[int, int]] = {}
+        self._probed: dict[tuple, _Probe] = {}
         if not self.parameters():
             raise ValueError(
                 "`model` has no trainable parameter, so it has no Jacobian. Set "
@@ -187,26 +192,37 @@ class Linearized:
 
     def num_outputs(self, x: Inputs) -> int:
         """c, the number of outputs for inputs like `x`."""
-        return self._probe(x)[0]
+        return self._probe(x).num_outputs
 
     def _rows(self, x: Inputs, cotangents: Tensor) -> Tensor:
         """Rows u_ijᵀ J(x_i) for cotangents u of shape (n, m, c); shape (n, m, p)."""
         x, _ = self._admit(x)
+        if not self._probe(x).takes_vmap:
+            return self._rows_in_turn(x, cotangents)
         parameters = self.parameters()
         m, row_bytes = cotangents.shape[1], self.num_parameters * self.dtype.itemsize
-        chunk = max(1, self.memory_budget // (m * (2 * self._probe(x)[1] + row_bytes)))
+        chunk = max(1, self.memory_budget // (m * (2 * self._probe(x).kept_bytes + row_bytes)))
 
         def rows(cotangent: Tensor, example: Inputs) -> Tensor:
-            def outputs(p: dict[str, Tensor]) -> Tensor:
-                batch = map_inputs(example, lambda tensor: tensor.unsqueeze(0))
-                return self._forward(p, batch).squeeze(0)
-
-            _, pullback, *_ = vjp(outputs, parameters)
+            _, pullback, *_ = vjp(lambda p: self._forward_one(p, example), parameters)
             (gradients,) = vmap(pullback)(cotangent)
             return flatten(gradients)
 
         with self._evaluation():
             return vmap(rows, chunk_size=chunk)(cotangents, x)
+
+    def _rows_in_turn(self, x: Inputs, cotangents: Tensor) -> Tensor:
+        """`_rows`, one example and one cotangent at a time, written straight into the result."""
+        parameters = self.parameters()
+        found = cotangents.new_empty(*cotangents.shape[:2], self.num_parameters)
+        with self._evaluation():
+            for i, rows in enumerate(found):
+                example = take(x, slice(i, i + 1))
+                _, pullback, *_ = vjp(lambda p, x=example: self._forward(p, x), parameters)
+                for cotangent, row in zip(cotangents[i], rows, strict=True):
+                    (gradients,) = pullback(cotangent.unsqueeze(0))
+                    torch.cat([g.reshape(-1) for g in gradients.values()], out=row)
+        return found
 
     def _admit(self, x: Inputs) -> tuple[Inputs, int]:
         """Check inputs; copy those made in inference mode, which autograd refuses."""
@@ -232,6 +248,11 @@ class Linearized:
             )
         return outputs
 
+    def _forward_one(self, parameters: Mapping[str, Tensor], example: Inputs) -> Tensor:
+        """Outputs (c,) of one example without its batch axis."""
+        batch = map_inputs(example, lambda tensor: tensor.unsqueeze(0))
+        return self._forward(parameters, batch).squeeze(0)
+
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
         """Eval mode, no autograd recording, attention kernels that forward mode supports."""
@@ -249,12 +270,12 @@ class Linearized:
 
     def _chunks(self, x: Inputs, n: int) -> tuple[int, int]:
         """How many examples, and how many (co)tangents over them, one product may carry."""
-        activations = max(1, self._probe(x)[1])
+        activations = max(1, self._probe(x).kept_bytes)
         size = min(n, max(1, self.memory_budget // (2 * activations)))
         return size, max(1, self.memory_budget // (activations * size))
 
-    def _probe(self, x: Inputs) -> tuple[int, int]:
-        """c, and the bytes that autograd keeps for the backward pass of one example."""
+    def _probe(self, x: Inputs) -> "_Probe":
+        """What one example says about all inputs of its shape."""
         key = tuple((tuple(t.shape[1:]), t.dtype) for t in input_tensors(x))
         if key not in self._probed:
             one, _ = self._admit(take(x, slice(1)))
@@ -271,8 +292,18 @@ class Linearized:
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
             with self._evaluation(), torch.enable_grad(), hooks:
                 self._forward(parameters, one)
-            self._probed[key] = c, sum(kept.values())
+            self._probed[key] = _Probe(c, sum(kept.values()), self._takes_vmap(one))
         return self._probed[key]
+
+    def _takes_vmap(self, x: Inputs) -> bool:
+        """Whether the forward pass can be batched by `vmap`."""
+        parameters = self.parameters()
+        with self._evaluation():
+            try:
+                vmap(lambda example: self._forward_one(parameters, example))(x)
+            except RuntimeError:  # all that vmap raises; an error of the model's own comes again
+                return False
+        return True
 
     def _check_width(self, name: str, tangents: Tensor) -> None:
         if tangents.ndim != 2 or tangents.shape[1] != self.num_parameters:
@@ -280,6 +311,20 @@ class Linearized:
                 f"`{name}` must have shape (k, p) with p = {self.num_parameters}; got "
                 f"{tuple(tangents.shape)}."
             )
+
+
+class _Probe(NamedTuple):
+    """What `Linearized` must know about inputs of one shape.
+
+    Attributes:
+        num_outputs: c.
+        kept_bytes: What autograd keeps for the backward pass of one example.
+        takes_vmap: Whether the model's forward pass can be batched by `vmap`.
+    """
+
+    num_outputs: int
+    kept_bytes: int
+    takes_vmap: bool
 
 
 def flatten(gradients: Mapping[str, Tensor]) -> Tensor:

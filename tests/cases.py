@@ -57,6 +57,25 @@ class Tokens(nn.Module):
         return Output(self.head(self.dropout(torch.tanh(h))))
 
 
+class Padded(nn.Module):
+    """Padded sequences, model(input_ids=..., attention_mask=...); branches on the mask's values.
+
+    `torch.vmap` refuses such a model, as it does those of Hugging Face.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, input_ids, attention_mask):
+        padding = None if attention_mask.all() else attention_mask == 0
+        h = self.layer(self.embedding(input_ids), src_key_padding_mask=padding)
+        real = attention_mask.unsqueeze(-1).to(h)
+        return self.head((h * real).sum(1) / real.sum(1))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, CLASSES))
 
@@ -84,6 +103,7 @@ FACTORIES = {
     "attention": (Attention, (4, 4)),
     "tuple": (TwoInputs, {"a": (3,), "b": (2,)}),
     "mapping": (Tokens, {"ids": (4,), "weight": (4,)}),
+    "padded": (Padded, {"input_ids": (5,), "attention_mask": (5,)}),
     "frozen": (frozen, (4,)),
 }
 NAMES = tuple(FACTORIES)
@@ -107,6 +127,10 @@ def make_inputs(name, n, seed=1):
         return normal((3,)), normal((2,))
     if name == "mapping":
         return {"ids": torch.randint(6, (n, 4), generator=generator), "weight": normal((4,))}
+    if name == "padded":
+        lengths = torch.randint(1, 6, (n, 1), generator=generator)
+        mask = (torch.arange(5) < lengths).long()
+        return {"input_ids": torch.randint(6, (n, 5), generator=generator), "attention_mask": mask}
     return normal(FACTORIES[name][1])
 
 

@@ -39,7 +39,7 @@ METHODS = {
     "nystrom": Nystrom(rank=4, subsample=20),
     "last layer": LastLayer(),
 }
-NAMES = ("mlp", "conv", "attention", "tuple", "mapping", "frozen")
+NAMES = ("mlp", "conv", "attention", "tuple", "mapping", "padded", "frozen")
 
 
 class Setting:
@@ -216,7 +216,7 @@ def test_probabilities_do_not_depend_on_the_batches(name, link):
 def test_every_model_goes_all_the_way(name, kind, tmp_path):
     setting = Setting(name)
     method = METHODS[kind]
-    if name == "mapping" and kind == "neural":
+    if name in ("mapping", "padded") and kind == "neural":
         method = neural(augment=Perturb())  # token ids stay token ids
     ella = setting.fit(method).calibrate(setting.val_loader)
     probs = ella.predict_proba(setting.test_x)
@@ -238,6 +238,19 @@ def test_unlabelled_loaders_and_mapping_batches():
     ella = plain.fit()
     expected = ella.predict_proba(plain.test_x)
     torch.testing.assert_close(ella.predict_proba([plain.test_x[:3], plain.test_x[3:]]), expected)
+
+
+def test_sequences_of_several_lengths():
+    """Products take each batch as it is; a network that learns from all of them cannot."""
+    setting = Setting("padded")
+    loader = [
+        ({k: t[:, : 5 - i] for k, t in x.items()}, y) for i, (x, y) in enumerate(setting.loader)
+    ]
+    assert len({x["input_ids"].shape[1] for x, _ in loader}) > 1
+    probs = setting.make().fit(loader).predict_proba(setting.test_x)
+    assert torch.isfinite(probs).all()
+    with pytest.raises(ValueError, match="Pad all sequences to one length"):
+        setting.make(neural(num_inputs=N)).fit(loader)
 
 
 def test_draws_are_functions(setting):

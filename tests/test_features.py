@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import make_case
 from torch import nn
 
 from ella.features import MAX_WIDTH, STATISTICS, FeatureTaps, Tap, choose_taps
@@ -104,3 +105,52 @@ def test_an_in_place_relu_does_not_change_what_was_read():
     share = features[:, 2 * 12 : 3 * 12]
     assert (share < 1).any()
     assert (features[:, :12] < 0).any()  # means before the ReLU
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_padding_is_not_pooled(channels_first):
+    sequences = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    lengths = (5, 3, 1)
+    mask = torch.tensor([[1] * length + [0] * (5 - length) for length in lengths])
+    tap = Tap("any", "output", channels_first)
+
+    def laid_out(x):
+        return x.movedim(-1, 1) if channels_first else x
+
+    pooled = tap.pool(laid_out(sequences), mask)
+    for row, sequence, length in zip(pooled, sequences, lengths, strict=True):
+        torch.testing.assert_close(row, tap.pool(laid_out(sequence[None, :length]))[0])
+    other = tap.pool(laid_out(sequences), mask[:, :4])  # not a mask of these positions
+    torch.testing.assert_close(other, tap.pool(laid_out(sequences)))
+
+
+def test_features_of_a_sequence_are_the_same_alone_and_padded():
+    case = make_case("padded")
+    linearized = Linearized(case.model)
+    taps = FeatureTaps(linearized, choose_taps(linearized, case.x))
+    logits, features = taps(case.x)
+    lengths = case.x["attention_mask"].sum(1)
+    assert lengths.min() < 5
+    for i, length in enumerate(lengths):
+        alone = {name: t[i : i + 1, :length] for name, t in case.x.items()}
+        expected = taps(alone)
+        torch.testing.assert_close((logits[i : i + 1], features[i : i + 1]), expected)
+
+
+def test_of_a_transformer_the_residual_stream_is_read():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.TransformerEncoderLayer(4, 2, 20, batch_first=True) for _ in range(4)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 3, 2)).eval()
+    x = torch.randn(2, 3, 4)
+    taps = choose_taps(Linearized(model), x)
+    shapes = {}
+    for tap in taps[:-1]:
+        module = model.get_submodule(tap.module)
+        module.register_forward_hook(
+            lambda m, args, out, name=tap.module: shapes.update({name: out.shape[1:]})
+        )
+    model(x)
+    assert set(shapes.values()) <= {(3, 4), (12,)}
+    assert "3" in shapes
+    assert any(name.startswith(("1", "2")) for name in shapes)
