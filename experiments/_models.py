@@ -223,14 +223,9 @@ def train_network(
     loss: Callable[[Tensor, Tensor], Tensor],
     seed: int = 0,
     epochs: int = 300,
-    *,
-    learning_rate: float = 0.3,
-    batch_size: int = 32,
-    weight_decay: float = 0.0,
-    device: torch.device | str = "cpu",
-    num_threads: int = 1,
+    **options: Any,  # noqa: ANN401
 ) -> nn.Module:
-    """Fit `model` with Adam and a one-cycle learning rate.
+    """Fit `model` from new weights; see `fine_tune`.
 
     Args:
         model: Trained in place. Its weights are drawn anew first, so that `seed` decides the
@@ -238,6 +233,37 @@ def train_network(
         dataset: Inputs and labels or targets.
         loss: From outputs and labels of a batch to their mean loss.
         seed: Seed of the weights and of the order of the examples.
+        epochs: Passes over the data.
+        options: As for `fine_tune`.
+
+    Returns:
+        `model`, in eval mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    initialize(model, generator)
+    return fine_tune(model, dataset, loss, generator, epochs, **options)
+
+
+def fine_tune(
+    model: nn.Module,
+    dataset: TensorDataset,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    generator: torch.Generator,
+    epochs: int,
+    *,
+    learning_rate: float = 0.3,
+    batch_size: int = 32,
+    weight_decay: float = 0.0,
+    device: torch.device | str = "cpu",
+    num_threads: int = 1,
+) -> nn.Module:
+    """Fit `model` from the weights it has, with Adam and a one-cycle learning rate.
+
+    Args:
+        model: Trained in place.
+        dataset: Inputs and labels or targets.
+        loss: From outputs and labels of a batch to their mean loss.
+        generator: Source of the order of the examples.
         epochs: Passes over the data.
         learning_rate: Peak of the cycle.
         batch_size: Examples a step.
@@ -249,8 +275,6 @@ def train_network(
     Returns:
         `model`, in eval mode.
     """
-    generator = torch.Generator().manual_seed(seed)
-    initialize(model, generator)
     model.to(device).train()
     inputs, labels = (tensor.to(device) for tensor in dataset.tensors)
     batches_per_epoch = -(-len(inputs) // batch_size)
