@@ -1,0 +1,282 @@
+"""Does ella work on a transformer of sentences, Jacobians of all its 22.6 M weights included?
+
+    python experiments/text.py --root $ELLA_DATA
+
+MiniLM-L6 is fine-tuned on a few sentences of SST-2 until it knows them by heart. Of the held-out
+sentences some, drawn by the seed, tune every method by the same search, and the others test it;
+AG News is out of distribution. The classifier is one for all seeds. So is each method, except for
+NeuralEF, which draws sentences and trains networks: it is fitted anew for each seed.
+
+Writes text.json after each method and seed, and goes on where it was stopped.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _minilm import (
+    SentenceClassifier,
+    Sentences,
+    Sizes,
+    Stacked,
+    TextTask,
+    Unlabelled,
+    load_task,
+    made_up_task,
+    minilm,
+    tiny_transformer,
+)
+from _models import fine_tune
+from _report import forward_ratio, load_results, markdown_table, save_results
+from _suite import SCORES, detection
+from calibration import ece_if_calibrated
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from ella import ELLA, LastLayer, NeuralEF, Nystrom, Predictor, Training
+from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
+from ella.metrics import evaluate
+from ella.predictor import Evaluated
+
+FULL = Sizes(train=200, unlabelled=4000, outside=200)
+SMOKE = Sizes(train=40, unlabelled=60, outside=20)
+NUM_VAL = 372
+"""Of the 872 held-out sentences, to tune on."""
+FINE_TUNING: dict[str, Any] = {"epochs": 6, "learning_rate": 3e-4, "batch_size": 16}
+MEMORY_BUDGET = 3 * 2**29
+"""Bytes: 48 rows of the Jacobian must fit into four times as much."""
+SENTENCES_TIMED = 16
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=10)
+    parser.add_argument("--num-inputs", type=int, default=400, help="NeuralEF learns from")
+    parser.add_argument("--num-directions", type=int, default=48, help="of NeuralEF")
+    parser.add_argument("--cache", type=Path, help="of the trained weights (default: OUT/.cache)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--only", help="run the methods whose name contains one of these, a|b|c")
+    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    return parser.parse_args(argv)
+
+
+def make_classifier(args: argparse.Namespace, train: Sentences) -> SentenceClassifier:
+    """MiniLM, all of it fine-tuned on the training sentences; kept on disk once it is."""
+    model = tiny_transformer() if args.smoke else minilm()
+    folder = args.cache or args.out / ".cache"
+    path = folder / f"text-{'smoke' if args.smoke else 'minilm'}-{len(train)}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = TensorDataset(torch.stack([train.ids, train.mask], 1), train.labels)
+    options = FINE_TUNING | ({"epochs": 20, "learning_rate": 1e-2} if args.smoke else {})
+    with torch.random.fork_rng():  # dropout
+        torch.manual_seed(0)
+        fine_tune(
+            Stacked(model),
+            tokens,
+            F.cross_entropy,
+            generator,
+            num_threads=torch.get_num_threads(),
+            **options,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), path)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared.
+
+    Attributes:
+        make: From a model and a seed to an unfitted method.
+        each_seed: Whether it is fitted anew for each seed.
+        whole: Whether it takes the training sentences in one batch, padded to one length.
+    """
+
+    make: Callable[[nn.Module, int], Predictor]
+    each_seed: bool = False
+    whole: bool = False
+
+
+def methods(args: argparse.Namespace, task: TextTask) -> dict[str, Method]:
+    """All methods, by their names in the table."""
+    rank, rows = (4, 12) if args.smoke else (16, 32)
+    quiet: dict[str, Any] = {"progress": False}
+
+    def ella(eigenfunctions: Any, residual: str, **kind: bool) -> Method:  # noqa: ANN401
+        options: dict[str, Any] = {"residual": residual, "memory_budget": MEMORY_BUDGET, **quiet}
+        return Method(
+            lambda model, seed: ELLA(model, eigenfunctions=eigenfunctions, seed=seed, **options),
+            **kind,
+        )
+
+    def last_layer(structure: str) -> Method:
+        return Method(lambda m, seed: LastLayerLaplace(m, structure=structure, seed=seed, **quiet))
+
+    found = {
+        "MAP": Method(lambda model, seed: MAP(model, seed=seed, **quiet)),
+        "temperature scaling": Method(
+            lambda model, seed: TemperatureScaling(model, seed=seed, **quiet)
+        ),
+        "last-layer Laplace, full": last_layer("full"),
+        "last-layer Laplace, Kronecker": last_layer("kron"),
+        "ELLA, last layer, no residual": ella(LastLayer(), "none"),
+        f"ELLA, Nyström k = {rank}": ella(Nystrom(rank, rows), "diag", whole=True),
+        "ELLA, NeuralEF": ella(neural_ef(args, task), "diag", each_seed=True, whole=True),
+    }
+    wanted = args.only.split("|") if args.only else [""]
+    return {name: each for name, each in found.items() if any(part in name for part in wanted)}
+
+
+def neural_ef(args: argparse.Namespace, task: TextTask) -> NeuralEF:
+    """NeuralEF on the training sentences and as many unlabelled ones."""
+    augment = Unlabelled(task.unlabelled)
+    if args.smoke:
+        short = Training(steps=30, batch_size=32)
+        return NeuralEF(
+            4, num_inputs=80, num_directions=12, width=16, augment=augment, teacher=short
+        )
+    return NeuralEF(
+        32, num_inputs=args.num_inputs, num_directions=args.num_directions, augment=augment
+    )
+
+
+class Fitted:
+    """A fitted method with what it says of all sentences: to tune and to score it many times.
+
+    Args:
+        method: Which.
+        model: The classifier.
+        task: All sentences.
+        seed: Of the method.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, task: TextTask, seed: int) -> None:
+        self.labels = task.held_out.labels
+        start = time.process_time()
+        fitted = method.make(model, seed)
+        fitted.fit(task.train.whole() if method.whole else task.train.batches())
+        self.fit_seconds = time.process_time() - start
+        self.inside: Evaluated = fitted.evaluated(task.held_out.batches())
+        self.outside: Evaluated = fitted.evaluated(task.outside.batches())
+        self.cost = {"state_bytes": fitted.state_bytes, **self._ratio(fitted, task)}
+
+    @staticmethod
+    def _ratio(fitted: Predictor, task: TextTask) -> dict[str, float]:
+        x = task.held_out.rows(slice(-SENTENCES_TIMED, None)).inputs()
+        with torch.no_grad():
+            ratio = forward_ratio(
+                lambda: fitted.predict_proba(x, n_samples=64),
+                lambda: fitted.model(**x),
+                repeats=3,
+            )
+        return {"predict_ratio": ratio}
+
+    def row(self, seed: int) -> dict[str, Any]:
+        """The method tuned on the sentences that the seed draws, scored on the others."""
+        order = torch.randperm(len(self.inside), generator=torch.Generator().manual_seed(seed))
+        num_val = min(NUM_VAL, len(order) // 2)
+        val, test = order[:num_val], order[num_val:]
+        self.inside.calibrate([(val, self.labels[val])])
+        self.outside.hyperparameters = self.inside.hyperparameters
+        probs = self.inside.predict_proba([test])
+        return {
+            "seed": seed,
+            "fit_seconds": self.fit_seconds,
+            **evaluate(probs, self.labels[test]),
+            "ece_floor": ece_if_calibrated(probs),
+            **self._detection(test),
+            **self.cost,
+            **vars(self.inside.hyperparameters),
+        }
+
+    def _detection(self, test: torch.Tensor) -> dict[str, float]:
+        """How well each score tells the test sentences from AG News; `auroc` is for entropy."""
+        inside = self.inside.uncertainty([test])
+        outside = self.outside.uncertainty([torch.arange(len(self.outside))])
+        found = {
+            f"{measure} {score}": value
+            for score in SCORES
+            for measure, value in detection(inside, outside, score).items()
+        }
+        return {"auroc": found["auroc entropy"], **found}
+
+
+def run(
+    method: Method, model: nn.Module, task: TextTask, seeds: list[int]
+) -> Iterator[dict[str, Any]]:
+    """One row a seed."""
+    fitted: Fitted | None = None
+    for seed in seeds:
+        if fitted is None or method.each_seed:
+            fitted = None  # its memory first
+            fitted = Fitted(method, model, task, seed)
+        yield fitted.row(seed)
+
+
+def sizes_of(args: argparse.Namespace) -> Sizes:
+    """How many sentences."""
+    return SMOKE if args.smoke else FULL
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line, without what may differ from one part of a run to the next."""
+    kept = {name: v for name, v in vars(args).items() if name not in ("only", "root", "cache")}
+    sizes = vars(sizes_of(args))
+    return {**kept, "out": str(args.out), "num_val": NUM_VAL, "fine_tuning": FINE_TUNING, **sizes}
+
+
+def stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of an earlier run.
+
+    Raises:
+        ValueError: If it was run with other settings.
+    """
+    if not path.exists():
+        return []
+    results = load_results(path)
+    now, then = settings(args), results["settings"]
+    free = ("out", "seeds", "first_seed")
+    changed = [name for name in now if name not in free and now[name] != then.get(name)]
+    if changed:
+        raise ValueError(
+            f"{path} was made with another {', '.join(changed)}. Give the same options to go on "
+            f"with it, or another --out to start anew."
+        )
+    return results["rows"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, writing after each row."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    path = args.out / "text.json"
+    rows = stored(path, args)
+    sizes = sizes_of(args)
+    task = made_up_task(sizes) if args.smoke else load_task(args.root, sizes)
+    model = make_classifier(args, task.train)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for name, method in methods(args, task).items():
+        done = {row["seed"] for row in rows if row["method"] == name}
+        for row in run(method, model, task, [seed for seed in seeds if seed not in done]):
+            rows.append({"method": name, **row})
+            save_results(path, settings(args), rows)
+        print(markdown_table(rows), flush=True)
+    print(f"{path} written")
+
+
+if __name__ == "__main__":
+    main()
