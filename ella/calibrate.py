@@ -32,9 +32,13 @@ class Score(Protocol):
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """The score at posterior temperature T ≥ 0 and output scale > 0."""
 
+    def prepared(self, gaussian: LogitGaussian) -> Callable[[float, float], float]:
+        """(T > 0, scale) ↦ the score, to be tried at many of them."""
+        return lambda temperature, scale: self(gaussian, temperature, scale)
+
 
 @dataclass(frozen=True)
-class ClassificationScore:
+class ClassificationScore(Score):
     """Negative log-likelihood of labels; the scale is the logit temperature τ.
 
     Attributes:
@@ -50,15 +54,25 @@ class ClassificationScore:
     def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
         """Mean of −log p(y), with p floored at the smallest float of its dtype."""
         if temperature == 0:
-            log_probs = (gaussian.mean / scale).log_softmax(-1)
-        else:
-            probs = self.link(gaussian.tempered(temperature, scale))
-            log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+            return self._of((gaussian.mean / scale).log_softmax(-1))
+        return self.prepared(gaussian)(temperature, scale)
+
+    def prepared(self, gaussian: LogitGaussian) -> Callable[[float, float], float]:
+        """See `Score.prepared`."""
+        probabilities = self.link.tempered(gaussian)
+
+        def score(temperature: float, scale: float) -> float:
+            probs = probabilities(temperature, scale)
+            return self._of(probs.clamp_min(torch.finfo(probs.dtype).tiny).log())
+
+        return score
+
+    def _of(self, log_probs: Tensor) -> float:
         return -log_probs.gather(1, self.labels.unsqueeze(1)).double().mean().item()
 
 
 @dataclass(frozen=True)
-class RegressionScore:
+class RegressionScore(Score):
     """Negative log-likelihood of real targets; the scale is the noise variance σ².
 
     Attributes:
@@ -163,10 +177,10 @@ def search(
         return sum(((log - at) / spread) ** 2 for log, at, spread in terms) / (2 * n)
 
     def optimise_at(precision: float, start: tuple[float, ...]) -> tuple[float, ...]:
-        gaussian = gaussian_at(precision).compressed()
+        score_at = score.prepared(gaussian_at(precision).compressed())
 
         def objective(logs: tuple[float, ...]) -> float:
-            return score(gaussian, math.exp(logs[0]), math.exp(logs[1])) + penalty(logs)
+            return score_at(math.exp(logs[0]), math.exp(logs[1])) + penalty(logs)
 
         # The neighbour's optimum is near: a smaller first step than from nowhere.
         logs, value = _compass(objective, start, origin, step=0.4 if found else 1.0)
@@ -208,9 +222,18 @@ def _compass(
 
     The point stays within `REACH` of `origin` along each axis.
     """
-    point, value = start, function(start)
+    known: dict[tuple[float, ...], float] = {}
+
+    def at(point: tuple[float, ...]) -> float:
+        # A step shares up to five of its nine points with the step before.
+        key = tuple(round(p, 9) for p in point)
+        if key not in known:
+            known[key] = function(point)
+        return known[key]
+
+    point, value = start, at(start)
     while step > 0.05:
-        neighbours = [(function(p), p) for p in _neighbours(point, origin, step)]
+        neighbours = [(at(p), p) for p in _neighbours(point, origin, step)]
         best_value, best_point = min(neighbours)
         if best_value < value - 1e-7:
             point, value = best_point, best_value

@@ -1,6 +1,7 @@
 """From a Gaussian over logits to probabilities and uncertainty scores."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -86,12 +87,15 @@ class LogitGaussian:
 
     def _draws(self, num_samples: int, seed: int) -> Tensor:
         """See `sample`; shape (num_samples, c, n)."""
+        return self.deviations(num_samples, seed).add_(self.mean.T)
+
+    def deviations(self, num_samples: int, seed: int = 0) -> Tensor:
+        """Draws minus their mean, shape (num_samples, c, n); see `sample`."""
         n, c, k = self.factor.shape
         # In float64 on the CPU, so that one seed means the same draws on every device.
         extra_dims = 0 if self.residual is None else c
         normals = _standard_normals(num_samples, k + extra_dims, seed).to(self.factor)
         draws = (normals[:, :k] @ self.factor.permute(2, 1, 0).reshape(k, c * n)).view(-1, c, n)
-        draws += self.mean.T
         if self.residual is None:
             return draws
         root, extra = _root(self.residual), normals[:, k:]
@@ -124,9 +128,13 @@ class Link(Protocol):
     def __call__(self, gaussian: LogitGaussian) -> Tensor:
         """Probabilities of shape (n, c); rows sum to 1."""
 
+    def tempered(self, gaussian: LogitGaussian) -> Callable[[float, float], Tensor]:
+        """(T, τ) ↦ probabilities of `gaussian.tempered(T, τ)`, to be tried at many of them."""
+        return lambda temperature, scale: self(gaussian.tempered(temperature, scale))
+
 
 @dataclass(frozen=True)
-class MonteCarlo:
+class MonteCarlo(Link):
     r"""E[softmax(f)] by averaging over draws of f, exact as `num_samples` grows.
 
     Attributes:
@@ -142,9 +150,20 @@ class MonteCarlo:
         draws = gaussian.compressed().probabilities(self.num_samples, self.seed)
         return draws.mean(0).T.contiguous()
 
+    def tempered(self, gaussian: LogitGaussian) -> Callable[[float, float], Tensor]:
+        """See `Link.tempered`: the draws of T = τ = 1 are made once, then scaled."""
+        mean = gaussian.mean.T
+        deviations = gaussian.compressed().deviations(self.num_samples, self.seed)
+
+        def probabilities(temperature: float, scale: float) -> Tensor:
+            draws = torch.add(mean / scale, deviations, alpha=math.sqrt(temperature) / scale)
+            return draws.softmax(1).mean(0).T.contiguous()
+
+        return probabilities
+
 
 @dataclass(frozen=True)
-class Probit:
+class Probit(Link):
     r"""The probit (mean-field) approximation :math:`softmax(m_c / \sqrt{1 + π/8 · S_{cc}})`.
 
     Reference: Evidence for the generalized linear model: MacKay, The Evidence Framework Applied
@@ -158,7 +177,7 @@ class Probit:
 
 
 @dataclass(frozen=True)
-class LaplaceBridge:
+class LaplaceBridge(Link):
     r"""The Laplace bridge: the mean of the Dirichlet matched to the Gaussian in softmax basis.
 
     :math:`α_j = \frac{1}{S_{jj}} (1 - \frac{2}{c} + \frac{e^{m_j}}{c^2} \sum_l e^{-m_l})`, with

@@ -134,6 +134,15 @@ def test_rows_sum_to_one(gaussian, name):
     torch.testing.assert_close(probs.sum(-1), torch.ones(N, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["mc", "probit", "bridge"])
+def test_many_temperatures_of_one_gaussian_are_its_tempered_copies(gaussian, name):
+    link = make_link(name, 16, seed=3)
+    prepared = link.tempered(gaussian)
+    for temperature, scale in ((1.0, 1.0), (0.2, 3.0), (7.0, 0.4)):
+        expected = link(gaussian.tempered(temperature, scale))
+        torch.testing.assert_close(prepared(temperature, scale), expected)
+
+
 @pytest.mark.parametrize("link", [MonteCarlo(16), Probit()], ids=["mc", "probit"])
 def test_no_variance_is_softmax(gaussian, link):
     cold = gaussian.tempered(0.0, 1.7)
