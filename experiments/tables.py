@@ -12,7 +12,9 @@ the CIFAR-10 study in that folder, whose figures are drawn anew, too.
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from _report import (
     COLUMNS,
@@ -38,25 +40,42 @@ BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 
 
 def spectral_table() -> str:
-    """One line for each spectral experiment, from the headline of its result file."""
-    titles = ("question", "figure", "ours", "peer", "truth", "goal", "reached", "CPU s", "seeds")
+    """One line for each spectral experiment that is complete, from its headline."""
+    titles = ("question", "command", "figure", "ours", "peer", "truth", "better", "goal")
+    titles += ("reached", "CPU s", "seeds")
     lines = [titles, ("---",) * len(titles)]
     for path in sorted((SPECTRAL / "results").glob("*.json")):
         results = load_results(path)
-        head, rows = results["settings"]["headline"], results["rows"]
+        head, seeds = results["settings"]["headline"], {row["seed"] for row in results["rows"]}
+        if head is None:  # a run that was interrupted
+            continue
+        first = f" --first-seed {min(seeds)}" if min(seeds) else ""
         cells = (
-            f"[{head['question']}]({path.stem}.py)",
+            head["question"],
+            f"[{path.stem}.py]({path.stem}.py) `--seeds {len(seeds)}{first}`",
             head["metric"],
             f"{head['ours']:.3g}",
             f"{head['peer']}: {head['theirs']:.3g}",
             "–" if head["truth"] is None else f"{head['truth']:.3g}",
+            _better(head),
             head["goal"],
             "yes" if head["reached"] else "**no**",
             f"{head['seconds']:.0f}",
-            str(len({row["seed"] for row in rows})),
+            str(len(seeds)),
         )
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _better(head: Mapping[str, Any]) -> str:
+    """Who is nearer to the truth or, of a score without one, who has more; in three digits."""
+    ours, theirs = (float(f"{head[key]:.3g}") for key in ("ours", "theirs"))
+    if ours == theirs:
+        return "tie"
+    if head["truth"] is None:
+        return "ours" if ours > theirs else "**peer**"
+    ours, theirs = (abs(value - head["truth"]) for value in (ours, theirs))
+    return "ours" if ours < theirs else "**peer**"
 
 
 def table(name: str) -> str:

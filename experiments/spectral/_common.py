@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: command line, timing, result files, subspace angles."""
+"""What the scripts of this folder share: command line, timing, result files, angles of spans."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent
 if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
     sys.path.append(str(EXPERIMENTS))
 
-from _report import Row, save_results  # noqa: E402
+from _report import Row, load_results, save_results  # noqa: E402
 
 from ella.spectral import Kernel  # noqa: E402
 
@@ -36,7 +36,8 @@ class Headline:
         ours: Our figure, mean over seeds.
         peer: Name of the best other method.
         theirs: Its figure, mean over seeds.
-        truth: The exact value or best possible one, if it is known.
+        truth: The exact value: figures nearer to it are better. None for scores of which the best
+            that can be had is not known: larger ones are better.
         goal: What had to be reached.
         reached: Whether it was.
         seconds: Of our method for one seed, fit and all.
@@ -70,6 +71,58 @@ class Scaled(Kernel):
         return self.factor * self.kernel(x, y)
 
 
+class Ledger:
+    """The rows of a result file, written after each unit: a run goes on where one stopped.
+
+    More seeds, or methods that were left out, are added to what is there by running again.
+
+    Args:
+        name: Of the script and its files.
+        args: Its command line.
+
+    Attributes:
+        rows: All that is known so far.
+
+    Raises:
+        ValueError: If the file was made with other settings.
+    """
+
+    FREE = ("seeds", "first_seed", "threads", "root", "out", "methods", "headline")
+    """Settings that rows of one file need not share."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.path: Path = args.out / f"{name}.json"
+        self.settings: dict[str, Any] = {**vars(args), "headline": None}
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            stored = load_results(self.path)
+            self._check_same(stored["settings"])
+            self.rows = stored["rows"]
+
+    def __contains__(self, unit: tuple[int, str]) -> bool:
+        """Whether there is a row of this seed whose method begins with this name."""
+        seed, name = unit
+        return any(row["seed"] == seed and row["method"].startswith(name) for row in self.rows)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Write and show the rows of a finished unit."""
+        self.rows += rows
+        save_results(self.path, self.settings, self.rows)
+        for row in rows:
+            print(
+                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True
+            )
+
+    def _check_same(self, stored: Row) -> None:
+        now = {key: value for key, value in self.settings.items() if key not in self.FREE}
+        changed = [key for key, value in now.items() if stored.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with another {', '.join(changed)}. Give the same "
+                "options to go on with it, or another --out to start anew."
+            )
+
+
 def arguments(
     description: str,
     argv: list[str] | None = None,
@@ -98,12 +151,17 @@ def arguments(
 
 
 def finish(
-    name: str, args: argparse.Namespace, rows: Sequence[Row], headline: Headline, figure: Figure
+    name: str,
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    headline: Headline,
+    figure: Figure | None,
 ) -> None:
-    """Write `name`.json and `name`.png into `args.out`."""
+    """Write `name`.json and `name`.png into `args.out`; without a figure, the old one stays."""
     settings = {**vars(args), "headline": asdict(headline)}
     save_results(args.out / f"{name}.json", settings, rows)
-    figure.savefig(args.out / f"{name}.png", dpi=120)
+    if figure is not None:
+        figure.savefig(args.out / f"{name}.png", dpi=120)
     print(f"{name}: {headline.metric} {headline.ours:.4g}, {headline.peer} {headline.theirs:.4g}")
 
 
