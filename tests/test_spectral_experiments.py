@@ -50,6 +50,147 @@ def test_arc_cosine_kernel_is_the_limit_of_random_networks(load):
     )
 
 
+def command(load, out, *more):
+    return load("_common").arguments("A test.", ["--out", str(out), *more])
+
+
+def test_ledger_goes_on_where_a_run_stopped(load, tmp_path):
+    args = command(load, tmp_path)
+    ledger = load("_common").Ledger("x", args)
+    assert (0, "A: ours") not in ledger
+    ledger.add({"method": "A: ours", "seed": 0, "error": 0.5})
+    again = load("_common").Ledger("x", command(load, tmp_path, "--seeds", "9"))
+    assert (0, "A: ours") in again
+    assert (0, "A") in again
+    assert (1, "A: ours") not in again
+    assert (0, "B") not in again
+    again.add({"method": "A: ours", "seed": 1, "error": 0.25})
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert [row["error"] for row in stored["rows"]] == [0.5, 0.25]
+    assert stored["settings"]["headline"] is None
+
+
+def test_ledger_refuses_rows_of_another_size(load, tmp_path):
+    load("_common").Ledger("x", command(load, tmp_path)).add({"method": "A", "seed": 0})
+    with pytest.raises(ValueError, match="another smoke"):
+        load("_common").Ledger("x", command(load, tmp_path, "--smoke"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "truth", "word"),
+    [
+        (0.1, 0.2, 0.0, "ours"),
+        (0.2, 0.1, 0.0, "**peer**"),
+        (0.9, 0.8, None, "ours"),
+        (0.8, 0.9, None, "**peer**"),
+        (1.0001, 1.0002, 0.0, "tie"),
+        (-0.98, -1.1, -1.0, "ours"),
+    ],
+)
+def test_the_table_says_who_is_better(load, ours, theirs, truth, word):
+    head = {"ours": ours, "theirs": theirs, "truth": truth}
+    assert load("tables")._better(head) == word
+
+
+def test_dropped_words_are_kept_or_doubled_and_right_on_average(load):
+    graph = load("graph")
+    words = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]).to_sparse()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = torch.stack([graph.dropped(words).to_dense() for _ in range(4000)])
+    dense = words.to_dense()
+    assert ((draws == 0) | (draws == 2 * dense)).all()
+    torch.testing.assert_close(draws.mean(0), dense, rtol=0.1, atol=0)
+    assert torch.equal(graph.dropped(words, training=False).to_dense(), dense)
+
+
+def test_laplacian_eigenmaps_solve_the_generalised_problem(load):
+    graph = load("graph")
+    data = graph.block_model(0)
+    adjacency = torch.zeros(data.num_nodes, data.num_nodes, dtype=torch.float64)
+    for i, j in data.edges.T.tolist():
+        adjacency[i, j] = adjacency[j, i] = 1
+    degree = adjacency.sum(1)
+    maps = graph.laplacian_eigenmaps(data).double()
+    weighted = degree.unsqueeze(1) * maps
+    torch.testing.assert_close(
+        maps.T @ weighted, torch.eye(graph.RANK).double(), rtol=0, atol=1e-5
+    )
+    values = (maps * (adjacency @ maps)).sum(0)
+    torch.testing.assert_close(adjacency @ maps, weighted * values, rtol=0, atol=1e-5)
+    assert values[-1] == pytest.approx(1, abs=1e-6)  # the constant
+    assert (values.diff() > -1e-6).all()
+
+
+def test_average_precision_is_the_mean_over_queries(load):
+    from sklearn.metrics import average_precision_score
+
+    generator = torch.Generator().manual_seed(0)
+    queries, database = (torch.randn(n, 4, generator=generator) for n in (5, 40))
+    labels = torch.arange(40) % 3
+    of_queries = torch.arange(5) % 3
+    found = load("eigenmaps").average_precision(queries, of_queries, database, labels)
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], database[None], dim=2)
+    expected = [
+        average_precision_score(labels == label, row)
+        for row, label in zip(cosines, of_queries, strict=True)
+    ]
+    assert found == pytest.approx(sum(expected) / 5, abs=1e-6)
+
+
+def test_darcy_flow_leaves_each_cell_as_it_enters(load):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(9, 9, generator=generator, dtype=torch.float64).numpy() + 0.5
+    u = load("neural_operator").solve(a)
+    h = 1 / 8
+    for i in range(1, 8):
+        for j in range(1, 8):
+            outflow = 0.0
+            for near in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                on_face = 2 / (1 / a[i, j] + 1 / a[near])
+                outflow += on_face * (u[i, j] - u[near])
+            assert outflow / h**2 == pytest.approx(1, abs=1e-9)
+    for edge in (u[0], u[-1], u[:, 0], u[:, -1]):
+        assert (edge == 0).all()
+
+
+def test_darcy_flow_converges_to_the_series_of_a_constant_coefficient(load):
+    import numpy as np
+
+    odd = np.arange(1, 200, 2)
+    n, m = np.meshgrid(odd, odd)
+    signs = np.sin(n * np.pi / 2) * np.sin(m * np.pi / 2)
+    center = (16 * signs / (np.pi**4 * n * m * (n**2 + m**2))).sum()
+    errors = [
+        abs(
+            load("neural_operator").solve(np.full((size, size), 2.0))[size // 2, size // 2]
+            - center / 2
+        )
+        for size in (9, 17, 33)
+    ]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]  # of order two
+
+
+def test_whitened_functions_are_orthonormal(load):
+    whitening = load("neural_operator").Whitening(4)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(8, 50, 4, generator=generator) @ torch.randn(4, 4, generator=generator)
+    white = whitening(z)
+    second = torch.einsum("npi,npj->ij", white, white) / (8 * 50)
+    torch.testing.assert_close(second, torch.eye(4), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("nodes", [40, 80])
+def test_axis_operator_has_the_energies_of_the_box(load, nodes):
+    stretched = torch.linspace(0, 1, nodes, dtype=torch.float64) ** 1.2
+    matrix, lengths = load("schrodinger").axis_operator(stretched)
+    torch.testing.assert_close(matrix, matrix.T)
+    assert lengths.sum() == pytest.approx(1 - (stretched[1] + 1 - stretched[-2]).item() / 2)
+    exact = (torch.pi * torch.arange(1, 4, dtype=torch.float64)).square()
+    found = torch.linalg.eigvalsh(matrix)[:3]
+    torch.testing.assert_close(found, exact, rtol=20 / nodes**2, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "name",

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Headline, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import Headline, Ledger, arguments, cpu_timed, finish, mean_of, new_figure
 from _data import data_root, load_task
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -41,7 +41,9 @@ from ella.spectral import NestedLoRA, Objective, Training, Views, ritz_basis, tr
 RANK = 64
 LENGTHS = (2, 4, 8, 16, 32, 64)
 OURS, CONTRASTIVE, BARLOW = "neural eigenmaps", "spectral contrastive", "Barlow Twins"
-UNTRAINED = "untrained network"
+UNTRAINED, PRINCIPAL, PIXELS = "untrained network", "PCA", "pixels"
+METHODS = (OURS, CONTRASTIVE, BARLOW, UNTRAINED, PRINCIPAL, PIXELS)
+STEPS = {"digits": 600, "FashionMNIST": 1500}
 
 
 @dataclass(frozen=True)
@@ -179,18 +181,18 @@ def _stage(num_inputs: int, num_outputs: int, stride: int) -> tuple[nn.Module, .
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What one objective leaves.
+class Representation:
+    """What one method makes of an image.
 
     Attributes:
-        network: Trained.
-        code: Images ↦ (n, k), the most important columns first.
+        features: Images ↦ (n, any), for the probe.
+        code: Images ↦ (n, k), the most important columns first, for retrieval; None: no code.
         order: Spearman's correlation of the raw columns' norms with their order, reversed.
     """
 
-    network: ConvNetwork
-    code: Callable[[Tensor], Tensor]
-    order: float
+    features: Callable[[Tensor], Tensor]
+    code: Callable[[Tensor], Tensor] | None = None
+    order: float | None = None
 
 
 def first_stride(data: Images) -> int:
@@ -198,7 +200,7 @@ def first_stride(data: Images) -> int:
     return 1 if data.train.shape[-1] < 16 else 2
 
 
-def learn(data: Images, method: str, steps: int, seed: int) -> Learned:
+def learn(data: Images, method: str, steps: int, seed: int) -> Representation:
     """Train with one objective. The constant, the top eigenfunction, is left out of the code."""
     generator = torch.Generator().manual_seed(seed)
     network = ConvNetwork(first_stride(data), RANK + 1, seed)
@@ -218,9 +220,42 @@ def learn(data: Images, method: str, steps: int, seed: int) -> Learned:
     order = float(spearmanr(norms.numpy(), range(len(norms), 0, -1)).statistic)
     if method == BARLOW:  # its columns have no order and no eigenvalues
         mean, scale = raw.mean(0), raw.std(0) + 1e-5
-        return Learned(network, lambda x: ((network(x)[:, 0] - mean) / scale)[:, :RANK], order)
+
+        def standardised(x: Tensor) -> Tensor:
+            return ((network(x)[:, 0] - mean) / scale)[:, :RANK]
+
+        return Representation(network.backbone, standardised, order)
     basis = ritz_basis(network, problem, generator, 24 if steps > 100 else 2, 1024)
-    return Learned(network, lambda x: basis.features(x)[:, 0, 1:], order)
+    return Representation(network.backbone, lambda x: basis.features(x)[:, 0, 1:], order)
+
+
+def untrained(data: Images, seed: int) -> Representation:
+    """The same network with its first weights, and batch statistics of the images."""
+    network = ConvNetwork(first_stride(data), RANK, seed).requires_grad_(False)
+    network.train()(data.train[:1000])
+    return Representation(network.eval().backbone)
+
+
+def components(data: Images) -> Representation:
+    """The leading principal components of the pixels."""
+    mean = data.train.flatten(1).mean(0)
+    axes = torch.linalg.svd(data.train.flatten(1) - mean, full_matrices=False).Vh[:RANK].T
+
+    def project(x: Tensor) -> Tensor:
+        return (x.flatten(1) - mean) @ axes
+
+    return Representation(project, project)
+
+
+def represent(data: Images, method: str, steps: int, seed: int) -> Representation:
+    """By the name that rows have."""
+    if method in OBJECTIVES:
+        return learn(data, method, steps, seed)
+    if method == UNTRAINED:
+        return untrained(data, seed)
+    if method == PRINCIPAL:
+        return components(data)
+    return Representation(lambda x: x.flatten(1))
 
 
 def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
@@ -242,61 +277,48 @@ def average_precision(
     return ((found / ranks * ranked).sum(1) / ranked.sum(1)).mean().item()
 
 
-def rows_of(name: str, data: Images, seed: int, smoke: bool) -> list[dict[str, Any]]:
-    """All methods on one data set."""
-    rows: list[dict[str, Any]] = []
-    steps = 10 if smoke else 600 if name == "digits" else 1500
-
-    def retrieval(codes: tuple[Tensor, Tensor], length: int) -> float:
-        few = slice(100 if smoke else 1000)
-        return average_precision(
-            codes[1][few, :length], data.test_labels[few], codes[0][:, :length], data.train_labels
-        )
-
-    def note(method: str, features: Callable[[Tensor], Tensor], **more: float) -> None:
-        row = {
-            "method": f"{name}: {method}",
-            "seed": seed,
-            "probe": probe(
-                features(data.train), data.train_labels, features(data.test), data.test_labels
-            ),
-            **more,
-        }
-        if data.transfer is not None:
-            x, y, new, truth = data.transfer
-            row["transfer"] = probe(features(x), y, features(new), truth)
-        rows.append(row)
-
-    def shortened(code: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        codes = code(data.train), code(data.test)
-        permuted = torch.randperm(RANK, generator=torch.Generator().manual_seed(seed))
-        other = tuple(each[:, permuted] for each in codes)
-        axes = torch.linalg.svd(codes[0] - codes[0].mean(0), full_matrices=False).Vh.T
-        rotated = tuple((each - codes[0].mean(0)) @ axes for each in codes)
-        figures = {}
+def retrieval(
+    code: Callable[[Tensor], Tensor], data: Images, num_queries: int, seed: int
+) -> dict[str, float]:
+    """Mean average precision of short codes: leading, random, and principal columns."""
+    database, queries = code(data.train), code(data.test[:num_queries])
+    permuted = torch.randperm(RANK, generator=torch.Generator().manual_seed(seed))
+    mean = database.mean(0)
+    axes = torch.linalg.svd(database - mean, full_matrices=False).Vh.T
+    shortenings: dict[str, Callable[[Tensor], Tensor]] = {
+        "map": lambda x: x,
+        "map_random": lambda x: x[:, permuted],
+        "map_pca": lambda x: (x - mean) @ axes,
+    }
+    figures = {}
+    for name, shorten in shortenings.items():
+        left, right = shorten(queries), shorten(database)
         for d in LENGTHS:
-            figures[f"map_{d}"] = retrieval(codes, d)
-            figures[f"map_random_{d}"] = retrieval(other, d)
-            figures[f"map_pca_{d}"] = retrieval(rotated, d)
-        return figures
+            figures[f"{name}_{d}"] = average_precision(
+                left[:, :d], data.test_labels[:num_queries], right[:, :d], data.train_labels
+            )
+    return figures
 
-    for method in OBJECTIVES:
-        learned, seconds = cpu_timed(lambda method=method: learn(data, method, steps, seed))
-        more = shortened(learned.code)
-        note(method, learned.network.backbone, order=learned.order, seconds=seconds, **more)
-    untrained = ConvNetwork(first_stride(data), RANK, seed).requires_grad_(False)
-    untrained.train()(data.train[:1000])  # statistics of its normalisation layers
-    note(UNTRAINED, untrained.eval().backbone)
-    note("pixels", lambda x: x.flatten(1))
-    mean = data.train.flatten(1).mean(0)
-    axes = torch.linalg.svd(data.train.flatten(1) - mean, full_matrices=False).Vh[:RANK].T
 
-    def components(x: Tensor) -> Tensor:
-        return (x.flatten(1) - mean) @ axes
-
-    codes = components(data.train), components(data.test)
-    note("PCA", components, **{f"map_{d}": retrieval(codes, d) for d in LENGTHS})
-    return rows
+def row_of(name: str, data: Images, method: str, seed: int, smoke: bool) -> dict[str, Any]:
+    """One method on one data set."""
+    steps = 10 if smoke else STEPS[name]
+    found, seconds = cpu_timed(lambda: represent(data, method, steps, seed))
+    train, test = found.features(data.train), found.features(data.test)
+    row: dict[str, Any] = {
+        "method": f"{name}: {method}",
+        "seed": seed,
+        "probe": probe(train, data.train_labels, test, data.test_labels),
+        "seconds": seconds,
+    }
+    if data.transfer is not None:
+        x, y, new, truth = data.transfer
+        row["transfer"] = probe(found.features(x), y, found.features(new), truth)
+    if found.order is not None:
+        row["order"] = found.order
+    if found.code is not None:
+        row |= retrieval(found.code, data, 100 if smoke else 1000, seed)
+    return row
 
 
 def figure(rows: list[dict[str, Any]], names: list[str]) -> Figure:
@@ -309,7 +331,7 @@ def figure(rows: list[dict[str, Any]], names: list[str]) -> Figure:
         (CONTRASTIVE, "map", "s-"),
         (BARLOW, "map", "D-"),
         (BARLOW, "map_pca", "D:"),
-        ("PCA", "map", "^-"),
+        (PRINCIPAL, "map", "^-"),
     )
     titles = {"map": "", "map_random": ", random columns", "map_pca": ", PCA of the code"}
     for panel, name in zip(panels, names, strict=True):
@@ -323,15 +345,18 @@ def figure(rows: list[dict[str, Any]], names: list[str]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run and write everything."""
+    """Run what is missing and write everything."""
     args = arguments(__doc__.splitlines()[0], argv)
-    rows: list[dict[str, Any]] = []
+    ledger = Ledger("eigenmaps", args)
     names = ["digits"] if args.smoke else ["digits", "FashionMNIST"]
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for name in names:
-            data = digits(seed) if name == "digits" else fashion(data_root(args.root), seed)
-            rows += rows_of(name, data, seed, args.smoke)
-            print(name, seed, flush=True)
+            missing = [each for each in METHODS if (seed, f"{name}: {each}") not in ledger]
+            if missing:
+                data = digits(seed) if name == "digits" else fashion(data_root(args.root), seed)
+            for method in missing:
+                ledger.add(row_of(name, data, method, seed, args.smoke))
+    rows = ledger.rows
 
     def figure_of(key: str, method: str = OURS, name: str = names[-1]) -> float:
         return mean_of(rows, f"{name}: {method}", key)

@@ -1,6 +1,7 @@
 """Do networks find bound states of the Schrödinger equation in a minute of CPU?
 
     python experiments/spectral/schrodinger.py
+    python experiments/spectral/schrodinger.py --seeds 3 --methods NestedLoRA  # adds two seeds
 
 H = -Δ + V, lowest states, one small network a state, never a grid. All energies and wave functions
 are known in closed form, so that nothing is compared with another numerical method:
@@ -25,15 +26,26 @@ Approximation (Ryu et al., 2024), https://arxiv.org/abs/2402.03655; for hydrogen
 of a Two-Dimensional Hydrogen Atom (Yang et al., 1991), Physical Review A 43.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from _common import Headline, arguments, cpu_timed, finish, largest_angle, mean_of, new_figure
+from _common import (
+    Headline,
+    Ledger,
+    arguments,
+    cpu_timed,
+    finish,
+    largest_angle,
+    mean_of,
+    new_figure,
+)
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -405,28 +417,32 @@ def figure(learned: dict[str, tuple[Task, Eigenbasis]]) -> Figure:
     return drawn
 
 
+def extend(parser: argparse.ArgumentParser) -> None:
+    """The option of this script alone."""
+    parser.add_argument("--methods", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    rows: list[dict[str, Any]] = []
+    """Run what is missing and write everything."""
+    args = arguments(__doc__.splitlines()[0], argv, seeds=1, extend=extend)
+    ledger = Ledger("schrodinger", args)
     learned: dict[str, tuple[Task, Eigenbasis]] = {}
+    steps = 20 if args.smoke else 3000
     for task in tasks(args.smoke):
-        rows.append(peer_row(task, args.smoke))
+        if (0, f"{task.name}: {PEER}") not in ledger:
+            ledger.add(peer_row(task, args.smoke))
         points, weights = check_points(task, 500 if args.smoke else 20_000)
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for method, objective in OBJECTIVES.items():
-                steps = 20 if args.smoke else 3000
-                found, seconds = cpu_timed(
-                    lambda task=task, objective=objective, steps=steps, seed=seed: learn(
-                        task, objective, steps, seed
-                    )
-                )
-                energies, basis = found
+            for method in args.methods:
+                if (seed, f"{task.name}: {method}") in ledger:
+                    continue
+                run = partial(learn, task, OBJECTIVES[method], steps, seed)
+                (energies, basis), seconds = cpu_timed(run)
                 angle = task.angle(basis(points)[:, 0], points, weights)
-                rows.append(row(task, method, seed, task.errors(energies), angle, seconds))
-                print(rows[-1], flush=True)
+                ledger.add(row(task, method, seed, task.errors(energies), angle, seconds))
                 if method == OURS:
                     learned[task.name] = task, basis
+    rows = ledger.rows
     names = [task.name for task in tasks(args.smoke)]
     ours = {name: mean_of(rows, f"{name}: {OURS}", "worst_energy_error") for name in names}
     hardest = names[-1]
@@ -441,7 +457,8 @@ def main(argv: list[str] | None = None) -> None:
         reached=all(mean_of(rows, f"{name}: {OURS}", "passed") == 1 for name in names),
         seconds=mean_of(rows, f"{hardest}: {OURS}", "seconds"),
     )
-    finish("schrodinger", args, rows, headline, figure(learned))
+    plane = {task.name for task in tasks(args.smoke) if task.dim == 2}
+    finish("schrodinger", args, rows, headline, figure(learned) if plane <= set(learned) else None)
 
 
 if __name__ == "__main__":
