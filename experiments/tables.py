@@ -59,7 +59,7 @@ def spectral_table() -> str:
             "–" if head["truth"] is None else f"{head['truth']:.3g}",
             _better(head),
             head["goal"],
-            "yes" if head["reached"] else "**no**",
+            {True: "yes", False: "**no**", None: "–"}[head["reached"]],
             f"{head['seconds']:.0f}",
             str(len(seeds)),
         )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
@@ -21,7 +21,7 @@ if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
 
 from _report import Row, load_results, save_results  # noqa: E402
 
-from ella.spectral import Kernel  # noqa: E402
+from ella.spectral import Kernel, Problem  # noqa: E402
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Headline:
         truth: The exact value: figures nearer to it are better. None for scores of which the best
             that can be had is not known: larger ones are better.
         goal: What had to be reached.
-        reached: Whether it was.
+        reached: Whether it was; None if there is no goal.
         seconds: Of our method for one seed, fit and all.
     """
 
@@ -50,7 +50,7 @@ class Headline:
     theirs: float
     truth: float | None
     goal: str
-    reached: bool
+    reached: bool | None
     seconds: float
 
 
@@ -69,6 +69,38 @@ class Scaled(Kernel):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Shape (n, m)."""
         return self.factor * self.kernel(x, y)
+
+
+@dataclass(frozen=True)
+class Magnified:
+    """A problem with a multiple of its operator: like `Scaled`, where there is no kernel to scale.
+
+    With T too small, the first outputs of a network are larger than the functions that are sought.
+
+    Attributes:
+        problem: The problem.
+        factor: What T is multiplied by.
+    """
+
+    problem: Problem
+    factor: float
+
+    def batch(self, size: int, generator: torch.Generator) -> Any:  # noqa: ANN401
+        """See `Problem.batch`."""
+        return self.problem.batch(size, generator)
+
+    def held_out(self) -> Any:  # noqa: ANN401
+        """See `Problem.held_out`."""
+        return self.problem.held_out()
+
+    def evaluate(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        """See `Problem.evaluate`."""
+        psi, tpsi = self.problem.evaluate(network, batch)
+        return psi, self.factor * tpsi
+
+    def pairs(self, n: int) -> list[Any]:
+        """See `Problem.pairs`."""
+        return self.problem.pairs(n)
 
 
 class Ledger:

@@ -43,7 +43,9 @@ LENGTHS = (2, 4, 8, 16, 32, 64)
 OURS, CONTRASTIVE, BARLOW = "neural eigenmaps", "spectral contrastive", "Barlow Twins"
 UNTRAINED, PRINCIPAL, PIXELS = "untrained network", "PCA", "pixels"
 METHODS = (OURS, CONTRASTIVE, BARLOW, UNTRAINED, PRINCIPAL, PIXELS)
-STEPS = {"digits": 600, "FashionMNIST": 1500}
+STEPS = {"digits": 800, "FashionMNIST": 600}
+QUERIES = 400
+"""Of retrieval."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class ConvNetwork(nn.Module):
-    """Three convolutions and a pooled backbone (n, 128), then a projector to (n, 1, k).
+    """Three convolutions and a pooled backbone (n, 64), then a projector to (n, 1, k).
 
     Args:
         stride: Of the first convolution.
@@ -161,13 +163,13 @@ class ConvNetwork(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.backbone = nn.Sequential(
-                *_stage(1, 32, stride),
+                *_stage(1, 16, stride),
+                *_stage(16, 32, 2),
                 *_stage(32, 64, 2),
-                *_stage(64, 128, 2),
                 nn.AdaptiveAvgPool2d(1),
                 nn.Flatten(),
             )
-            hidden = (nn.Linear(128, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
+            hidden = (nn.Linear(64, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
             self.projector = nn.Sequential(*hidden, nn.Linear(256, rank))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def learn(data: Images, method: str, steps: int, seed: int) -> Representation:
     problem = Views(data.train, augment, generator=generator, holdout=0.05)
     training = Training(
         steps=steps,
-        batch_size=512,
+        batch_size=256,
         learning_rate=3e-3,
         weight_decay=1e-4,
         checks=10 if steps > 100 else 1,
@@ -317,7 +319,7 @@ def row_of(name: str, data: Images, method: str, seed: int, smoke: bool) -> dict
     if found.order is not None:
         row["order"] = found.order
     if found.code is not None:
-        row |= retrieval(found.code, data, 100 if smoke else 1000, seed)
+        row |= retrieval(found.code, data, 100 if smoke else QUERIES, seed)
     return row
 
 

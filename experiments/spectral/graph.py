@@ -34,7 +34,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import Headline, Ledger, arguments, cpu_timed, finish, mean_of, needed, new_figure
+from _common import (
+    Headline,
+    Ledger,
+    Magnified,
+    arguments,
+    cpu_timed,
+    finish,
+    mean_of,
+    needed,
+    new_figure,
+)
 from _data import data_root
 from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
@@ -46,6 +56,8 @@ from torch.nn import functional as F
 from ella.spectral import Eigenbasis, Graph, Training, WholeGraph, learn_eigenbasis
 
 RANK = 64
+FACTOR = 10.0
+"""Of the operator, for training."""
 LABELS = (1, 5, None)
 """Of each class; None: all nodes that are neither in validation nor in test."""
 OURS, FUNCTIONS, GCN = "neural eigenmaps", "neural eigenfunctions", "GCN"
@@ -160,17 +172,6 @@ class WordNetwork(nn.Module):
         return self.head(self.backbone(words)).unsqueeze(1)
 
 
-class Magnified(WholeGraph):
-    """`FACTOR` times the operator, for training: Adam's steps have a size of their own."""
-
-    FACTOR = 10.0
-
-    def evaluate(self, network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Problem.evaluate`."""
-        psi, tpsi = super().evaluate(network, batch)
-        return psi, self.FACTOR * tpsi
-
-
 @dataclass(frozen=True)
 class Embedding:
     """What a method says of the nodes.
@@ -192,7 +193,7 @@ def neural_eigenmaps(data: Citations, seed: int, steps: int) -> tuple[WordNetwor
     network = WordNetwork(data.words.shape[1], RANK, generator)
     basis = learn_eigenbasis(
         network,
-        Magnified(Graph(data.edges, data.num_nodes), data.words),
+        Magnified(WholeGraph(Graph(data.edges, data.num_nodes), data.words), FACTOR),
         Training(steps=steps, learning_rate=3e-3, weight_decay=0.3, checks=4, patience=99),
         generator=generator,
         num_batches=1,
@@ -302,7 +303,7 @@ def from_words(data: Citations, seed: int, smoke: bool) -> dict[str, Embedding]:
     run = partial(neural_eigenmaps, data, seed, 20 if smoke else 200)
     with torch.enable_grad():
         (network, basis), seconds = cpu_timed(run)
-    eigenvalue = basis.eigenvalues.mean().item() / Magnified.FACTOR
+    eigenvalue = basis.eigenvalues.mean().item() / FACTOR
     return {
         OURS: Embedding(network.backbone(data.words), seconds, eigenvalue),
         FUNCTIONS: Embedding(basis(data.words)[:, 0], seconds, eigenvalue),

@@ -81,10 +81,9 @@ def of_images(kernel: Tensor, n: int) -> Tensor:
     return kernel.view(n, c, n, c).diagonal(dim1=1, dim2=3).sum(-1)
 
 
-def normalised(kernel: Tensor) -> Tensor:
-    """Cosines: the kernel over the square roots of its diagonal."""
-    scale = kernel.diagonal().clamp_min(1e-30).rsqrt()
-    return kernel * scale * scale.unsqueeze(1)
+def cosines(kernel: Tensor, norms: Tensor) -> Tensor:
+    """A kernel between images over their norms."""
+    return kernel / norms / norms.unsqueeze(1)
 
 
 def gram(features: Features) -> Tensor:
@@ -94,15 +93,19 @@ def gram(features: Features) -> Tensor:
 
 
 def figure(study: Study, kernel: ExactKernel, found: dict[str, Features]) -> Figure:
-    """Heat maps of the exact and the learned kernel, images in the order of classes; spectra."""
+    """Heat maps of the exact and the learned kernel, images in the order of classes; spectra.
+
+    Both kernels are divided by the exact norms √κ(x, x), so that one scale of colours serves both.
+    """
     n = len(study.labels)
+    norms = of_images(kernel.matrix, n).diagonal().sqrt()
     drawn = new_figure(11, 3.4)
     exact, learned, spectrum = drawn.subplots(1, 3)
     for panel, title, matrix in (
         (exact, "exact", kernel.matrix),
         (learned, "learned", gram(found[OURS])),
     ):
-        panel.imshow(normalised(of_images(matrix, n)), vmin=-0.2, vmax=1, cmap="viridis")
+        panel.imshow(cosines(of_images(matrix, n), norms), vmin=-0.1, vmax=0.6, cmap="viridis")
         panel.set(title=f"{title} kernel, images by class", xticks=[], yticks=[])
     rank = found[OURS].phi.shape[2]
     spectrum.semilogy(kernel.eigenvalues[: 2 * rank] / n, "k", label="exact")
@@ -171,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         peer=PEER,
         theirs=mean_of(ledger.rows, PEER, "kernel_error"),
         truth=0.0,
-        goal="the figure of the talk; no pass mark",
-        reached=True,
+        goal="none: the figure of the talk",
+        reached=None,
         seconds=mean_of(ledger.rows, OURS, "seconds"),
     )
     finish("ntk", args, ledger.rows, headline, drawn)

@@ -95,9 +95,11 @@ def figure(truth: Truth, landmarks: Tensor) -> Figure:
     panels[0].semilogy(range(1, RANK + 1), truth.eigenvalues, "k_", markersize=12, label="exact")
     for count, marker in ((len(landmarks) // 16, "x"), (len(landmarks), "o")):
         few = NystromBasis.of(truth.kernel, landmarks[:count], RANK).eigenvalues
-        panels[0].semilogy(range(1, RANK + 1), few, marker, fillstyle="none", label=f"{count}")
+        panels[0].semilogy(
+            range(1, RANK + 1), few, marker, fillstyle="none", label=f"{count} landmarks"
+        )
     panels[0].set(xlabel="index", ylabel="eigenvalue")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=7)
     for j, panel in enumerate(panels[1:]):
         limit = values[..., j].abs().max().item()
         panel.imshow(

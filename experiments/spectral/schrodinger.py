@@ -393,7 +393,7 @@ def peer_row(task: Task, smoke: bool) -> dict[str, Any]:
 def figure(learned: dict[str, tuple[Task, Eigenbasis]]) -> Figure:
     """Wave functions in the plane: learned above, exact below, each fitted to its exact level."""
     chosen = {name: each for name, each in learned.items() if each[0].dim == 2}
-    drawn = new_figure(11, 7.2)
+    drawn = new_figure(7.6, 9)
     panels = drawn.subplots(2 * len(chosen), 5)
     for i, (name, (task, basis)) in enumerate(chosen.items()):
         low, high = task.window
