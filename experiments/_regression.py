@@ -442,6 +442,8 @@ def _with_error(values: Sequence[float], spec: str) -> str:
 
 
 TOYS = ("16 points", "Snelson")
+RULES = ("prior standard deviation 1", "marginal likelihood")
+"""How the prior precision δ was chosen."""
 REGIONS = ("near", "far")
 TOY_COLUMNS = tuple(
     Column(f"{toy} {measure} {region}", f"{toy}: {title}, {region}", ".1e", spread=False)
@@ -453,20 +455,29 @@ TOY_COLUMNS = tuple(
 
 
 def toy_table(results: Mapping[str, Any]) -> str:
-    """Errors of the predictive standard deviation, one row a method, as Markdown.
+    """Errors of the predictive standard deviation, a table for each δ, as Markdown.
 
     Args:
         results: Contents of toy.json.
+
+    Returns:
+        The tables, each below a line that names its δ, without a final line break.
     """
-    wide = [
-        {
-            "method": row["method"],
-            **{
-                f"{row['dataset']} {measure} {region}": row[f"{measure}_{region}"]
-                for measure in ("mean", "worst")
-                for region in REGIONS
-            },
-        }
-        for row in results["rows"]
-    ]
-    return markdown_table(wide, TOY_COLUMNS)
+    parts = []
+    for rule in RULES:
+        own = [row for row in results["rows"] if row["rule"] == rule]
+        chosen = {row["dataset"]: row["prior_precision"] for row in own}
+        named = ", ".join(f"{value:.3g} ({name})" for name, value in chosen.items())
+        table = markdown_table([_wide(row) for row in own], TOY_COLUMNS)
+        parts.append(f"δ by {rule}: {named}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _wide(row: Row) -> dict[str, Any]:
+    """A row whose errors are named by the data set; `markdown_table` joins those of a method."""
+    errors = {
+        f"{row['dataset']} {measure} {region}": row[f"{measure}_{region}"]
+        for measure in ("mean", "worst")
+        for region in REGIONS
+    }
+    return {"method": row["method"], **errors}

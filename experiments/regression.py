@@ -11,7 +11,8 @@ every method, the held-out tenth tunes (δ, T, σ²) of every method by the same
 splits are in the result file, so a run that was killed goes on where it stopped.
 
 `toy`: 16 points in two clusters, and Snelson's data. Every method has the same network, prior
-precision and noise, and is compared with the linearized Laplace approximation from its definition.
+precision δ and noise, and is compared with the linearized Laplace approximation from its
+definition; at two δ, that of `fit` (prior standard deviation 1) and that of marginal likelihood.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ import torch
 from _data import data_root
 from _models import initialize, train_network
 from _regression import (
+    RULES,
     TOYS,
     UCI,
     AllWeights,
@@ -53,7 +55,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from ella import ELLA, LastLayer, NeuralEF, Nystrom, Predictor, Training
+from ella import ELLA, LastLayer, NeuralEF, Nystrom, Perturb, Predictor, Training
 from ella.baselines import MAP, KroneckerLaplace, LastLayerLaplace, TemperatureScaling
 from ella.eigenfunctions import Augmentation
 
@@ -80,6 +82,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
     parser.add_argument("--out", type=Path, default=Path("results"))
     return parser.parse_args(argv)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on, for the result file."""
+    return {key: value for key, value in vars(args).items() if key not in ("root", "out")}
 
 
 def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
@@ -197,7 +204,7 @@ def run_uci(args: argparse.Namespace) -> None:
         rows += run_split(split, root, smoke=args.smoke)
         names = sorted({row["dataset"] for row in rows})
         published = {name: load_uci(name, root).dropout for name in names}
-        save_results(path, {**vars(args), "published": published}, rows)
+        save_results(path, {**settings(args), "published": published}, rows)
     print(uci_table(load_results(path)))
 
 
@@ -241,7 +248,7 @@ def sixteen_points(seed: int = 0) -> Toy:
     draws = torch.rand(8, 2, generator=generator, dtype=torch.float64)
     x = (draws + torch.tensor([-2.0, 1.0])).T.reshape(-1, 1)
     noise = torch.randn(16, 1, generator=generator, dtype=torch.float64)
-    grid = torch.linspace(-4, 4, 401, dtype=torch.float64).unsqueeze(1)
+    grid = torch.linspace(-3, 3, 301, dtype=torch.float64).unsqueeze(1)
     return Toy(x, (2 * x).sin() + 0.2 * noise, grid, 0.04)
 
 
@@ -249,7 +256,7 @@ def snelson(root: Path) -> Toy:
     """The 200 points of Snelson & Ghahramani, Sparse Gaussian Processes (2006), centred."""
     with np.load(root / "toy1d" / "snelson1d.npz") as stored:
         x, y = (torch.from_numpy(stored[name]) for name in ("X", "Y"))
-    grid = torch.linspace(-6, 6, 601, dtype=torch.float64).unsqueeze(1)
+    grid = torch.linspace(-5, 5, 501, dtype=torch.float64).unsqueeze(1)
     return Toy(x - x.mean(), y - y.mean(), grid, None)
 
 
@@ -295,15 +302,16 @@ def toy_methods(toy: Toy, rank: int, *, smoke: bool) -> dict[str, tuple[Any, str
         found[f"Nyström, {what}{ending}"] = (Nystrom(k, len(toy.x), outputs="all"), residual)
     found["last layer"] = (LastLayer(), "none")
     low, high = toy.grid.min().item(), toy.grid.max().item()
-    augmentations: dict[str, Augmentation | None] = {
-        "NeuralEF, training inputs perturbed": NeuralEF().augment,
-        "NeuralEF, inputs from the whole axis": Spread(low, high),
+    training = Training(20 if smoke else 800, 128, 1e-2, checks=5)
+
+    def neural(augment: Augmentation | None) -> NeuralEF:
+        return NeuralEF(10, num_inputs=1000, augment=augment, width=64, teacher=training)
+
+    return found | {
+        "NeuralEF, training inputs perturbed": (neural(Perturb()), "diag"),
+        "NeuralEF, inputs from the whole axis": (neural(Spread(low, high)), "diag"),
+        "NeuralEF, the same, no residual": (neural(Spread(low, high)), "none"),
     }
-    training = Training(20 if smoke else 1000, 128, 1e-2, checks=5)
-    for name, augment in augmentations.items():
-        neural = NeuralEF(5, num_inputs=1000, augment=augment, width=64, teacher=training)
-        found[name] = (neural, "diag")
-    return found
 
 
 @dataclass(frozen=True)
@@ -341,70 +349,87 @@ class Curves:
         return rows
 
 
-def toy_curves(toy: Toy, seed: int, *, smoke: bool) -> Curves:
-    """δ by the dense marginal likelihood on a grid, then every method at that δ."""
+def toy_curves(toy: Toy, seed: int, *, smoke: bool) -> dict[str, Curves]:
+    """Every method, fitted once, at the δ of each of the `RULES`."""
     model = toy_network(toy, seed, smoke=smoke)
     train = loader_of(TensorDataset(toy.x, toy.y))
     common = {**LIKELIHOOD, "seed": seed, "noise_variance": toy.noise_variance}
     dense = ELLA(model, eigenfunctions=AllWeights(), residual="none", **common).fit(train)
     assert dense.hyperparameters is not None
     noise = dense.hyperparameters.noise_variance
-    precision = max((10 ** (i / 4) for i in range(-16, 9)), key=dense.log_marginal_likelihood)
-    variance = dense_variance(model, toy.x, toy.grid, precision, noise)
-    found = {"MAP": torch.full_like(variance, noise**0.5)}
+    grid = (10 ** (i / 4) for i in range(-16, 17))
+    chosen = (
+        dense.hyperparameters.prior_precision,
+        max(grid, key=dense.log_marginal_likelihood),
+    )
+    methods = {
+        name: ELLA(model, eigenfunctions=method, residual=residual, **common).fit(train)
+        for name, (method, residual) in toy_methods(
+            toy, full_rank(model, toy.x), smoke=smoke
+        ).items()
+    }
     with torch.no_grad():
         mean = model(toy.grid)[:, 0]
-    for name, (method, residual) in toy_methods(toy, full_rank(model, toy.x), smoke=smoke).items():
-        ella = ELLA(
-            model, eigenfunctions=method, residual=residual, prior_precision=precision, **common
-        )
-        found[name] = predictive(ella.fit(train), toy.grid)[1].sqrt()
-    return Curves(toy, mean, noise, precision, (variance + noise).sqrt(), found)
+    curves = {}
+    for rule, precision in zip(RULES, chosen, strict=True):
+        variance = dense_variance(model, toy.x, toy.grid, precision, noise)
+        found = {"MAP": torch.full_like(variance, noise**0.5)}
+        for name, method in methods.items():
+            assert method.hyperparameters is not None
+            method.hyperparameters = replace(method.hyperparameters, prior_precision=precision)
+            found[name] = predictive(method, toy.grid)[1].sqrt()
+        exact = (variance + noise).sqrt()
+        curves[rule] = Curves(toy, mean, noise, precision, exact, found)
+    return curves
 
 
 def plot_curves(curves: dict[str, Curves], path: Path) -> None:
-    """A row of panels a data set: bands of two standard deviations over the dense one."""
+    """A row of panels for each of the curves: bands of two standard deviations."""
     first = next(iter(curves.values())).found
     shown = [name for name in first if "k = 5" in name or "k =" not in name]
-    size = (2.3 * len(shown), 2.4 * len(curves))
+    size = (2.1 * len(shown), 2.2 * len(curves))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(curves), len(shown), sharex="row", sharey="row", squeeze=False)
     for row, (title, each) in zip(panels, curves.items(), strict=True):
         for panel, name in zip(row, shown, strict=True):
             _draw(panel, each, each.found[name])
-            panel.set_title(name.replace(", ", ",\n", 1), fontsize=8)
-        row[0].set_ylabel(title)
+        row[0].set_ylabel(title, fontsize=8)
+    for panel, name in zip(panels[0], shown, strict=True):
+        panel.set_title(name.replace(", ", ",\n", 1), fontsize=8)
     panels[0][0].legend(frameon=False, fontsize=6, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def _draw(panel: Axes, curves: Curves, deviation: Tensor) -> None:
     x, mean = curves.toy.grid[:, 0], curves.mean
     low, high = mean - 2 * deviation, mean + 2 * deviation
     panel.fill_between(x, low, high, color=IN_COLOR, alpha=0.4, linewidth=0, label="method")
-    for sign in (-2, 2):
-        label = "dense reference" if sign > 0 else None
-        bound = mean + sign * curves.exact
+    bounds = [mean + sign * curves.exact for sign in (-2, 2)]
+    for bound, label in zip(bounds, ("dense reference", None), strict=True):
         panel.plot(x, bound, color=OUT_COLOR, linewidth=0.8, linestyle="--", label=label)
     panel.plot(x, mean, color="black", linewidth=0.8)
-    panel.plot(*curves.toy.x.T, *curves.toy.y.T, ".", color="black", markersize=2)
-    spread = curves.toy.y.max() - curves.toy.y.min()
-    panel.set_ylim(curves.toy.y.min() - spread, curves.toy.y.max() + spread)
+    panel.plot(curves.toy.x[:, 0], curves.toy.y[:, 0], ".", color="black", markersize=2)
+    lowest, highest = bounds[0].min().item(), bounds[1].max().item()
+    margin = 0.2 * (highest - lowest)
+    panel.set_ylim(lowest - margin, highest + margin)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=7)
 
 
 def run_toy(args: argparse.Namespace) -> None:
-    """Both toy sets; Snelson's is left out where there are no data files and `--smoke`."""
+    """Both toy sets; Snelson's is left out in a smoke test without a `--root`."""
     toys = {TOYS[0]: sixteen_points()}
     if args.root or not args.smoke:
         toys[TOYS[1]] = snelson(data_root(args.root))
-    curves = {name: toy_curves(toy, args.seed, smoke=args.smoke) for name, toy in toys.items()}
-    rows = [{"dataset": name, **row} for name, each in curves.items() for row in each.rows()]
-    save_results(args.out / "toy.json", vars(args), rows)
-    plot_curves(curves, args.out / "toy-curves.png")
+    rows, drawn = [], {}
+    for name, toy in toys.items():
+        for rule, curves in toy_curves(toy, args.seed, smoke=args.smoke).items():
+            rows += [{"dataset": name, "rule": rule, **row} for row in curves.rows()]
+            drawn[f"{name},\n{rule}"] = curves
+    save_results(args.out / "toy.json", settings(args), rows)
+    plot_curves(drawn, args.out / "toy-curves.png")
     print(toy_table(load_results(args.out / "toy.json")))
 
 
