@@ -8,18 +8,24 @@ from torch import nn
 
 from ella.spectral import (
     RBF,
+    FeatureKernel,
     Graph,
     Jet,
+    LinearHead,
     NestedLoRA,
     ParallelMLP,
     Population,
+    Samples,
     Schrodinger,
     Training,
     Views,
     WholeGraph,
     learn_eigenbasis,
     ritz_basis,
+    ritz_head,
+    train,
 )
+from ella.spectral.train import held_out_loss
 
 
 def seeded(seed=0):
@@ -280,3 +286,54 @@ def test_edges_of_weight_zero_are_no_edges():
     graph = Graph(edges, 4, torch.tensor([1.0, 0.5, 0.0]))
     expected = Graph(edges[:, :2], 4, torch.tensor([1.0, 0.5]))
     torch.testing.assert_close(graph.matrix.to_dense(), expected.matrix.to_dense())
+
+
+# A closed-form start
+
+
+def test_a_linear_head_is_a_combination_of_all_hidden_units():
+    body, weight = ParallelMLP(2, 3, width=4, generator=seeded()), torch.randn(12, 5)
+    x = torch.randn(6, 2, generator=seeded())
+    network = LinearHead(body, weight)
+    slow = torch.zeros(6, 5)
+    for j in range(3):
+        one = [w[j] for w in body.weights[:2]], [b[j, :, 0] for b in body.biases[:2]]
+        hidden = x
+        for w, b in zip(*one, strict=True):
+            hidden = torch.sin(hidden @ w.T + b)
+        slow += hidden @ weight[4 * j : 4 * j + 4]
+    torch.testing.assert_close(network(x), slow.unsqueeze(1))
+    own = body.hidden(x).view(6, 3, 4) * body.weights[-1][:, 0]
+    torch.testing.assert_close(body(x)[:, 0], own.sum(2) + body.biases[-1].view(3))
+    network(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in [*body.weights[:2], *body.biases[:2]])
+
+
+def test_the_closed_form_start_is_exact_where_the_units_span_the_eigenfunctions():
+    # A kernel made of the units themselves, on a space of 40 points: rank 3.
+    body = ParallelMLP(2, 2, width=6, generator=seeded()).double()
+    x = torch.randn(40, 2, generator=seeded(), dtype=torch.float64)
+    factor = torch.randn(12, 3, generator=seeded(1), dtype=torch.float64)
+    rows = (body.hidden(x) @ factor).detach().unsqueeze(1)
+    network = ritz_head(body, FeatureKernel(), x, 3, kernel_inputs=rows, tolerance=1e-14)
+    gram = rows[:, 0] @ rows[:, 0].T
+    psi = network(x)[:, 0].detach()
+    torch.testing.assert_close(psi @ psi.T, gram, rtol=1e-6, atol=1e-6)
+    second = psi.T @ psi / 40
+    values = torch.linalg.eigvalsh(gram / 40).flip(0)[:3]
+    torch.testing.assert_close(second, values.diag(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="span only"):
+        ritz_head(body, FeatureKernel(), x, 13, kernel_inputs=rows)
+
+
+def test_training_from_the_closed_form_start_is_better_than_the_start():
+    x = torch.randn(512, 1, generator=seeded())
+    kernel = RBF()
+    # Too few units for the fifth function; training moves them.
+    body = ParallelMLP(1, 2, width=4, generator=seeded())
+    network = ritz_head(body, kernel, x, 4)
+    problem = Samples(kernel, x, x, generator=seeded())
+    before = held_out_loss(network, problem, NestedLoRA())
+    training = Training(steps=300, batch_size=256, learning_rate=1e-3, weight_decay=0)
+    train(network, problem, NestedLoRA(), training, generator=seeded(), progress=False)
+    assert held_out_loss(network, problem, NestedLoRA()) < before

@@ -4,9 +4,9 @@ Function values have shape (n, c, k): n examples, c outputs, k eigenfunctions. A
 c = 1. The inner product is the mean over examples, summed over outputs.
 """
 
-from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis
+from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis, ritz_head
 from ella.spectral.laplacian import Jet
-from ella.spectral.networks import ParallelMLP, ResidualMLP
+from ella.spectral.networks import LinearHead, ParallelMLP, ResidualMLP
 from ella.spectral.nystrom import NystromBasis, leading_eigenpairs, numerical_eigenpairs
 from ella.spectral.objectives import (
     NestedLoRA,
@@ -43,6 +43,7 @@ __all__ = [
     "Jet",
     "Kernel",
     "KernelOperator",
+    "LinearHead",
     "Moments",
     "NestedLoRA",
     "NeuralEFObjective",
@@ -66,5 +67,6 @@ __all__ = [
     "numerical_eigenpairs",
     "rayleigh_ritz",
     "ritz_basis",
+    "ritz_head",
     "train",
 ]

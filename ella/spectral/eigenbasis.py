@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ella.spectral.networks import LinearHead, ParallelMLP
 from ella.spectral.objectives import NestedLoRA, Objective
+from ella.spectral.operators import KernelOperator
 from ella.spectral.problems import Problem
 from ella.spectral.ritz import Moments, rayleigh_ritz
 from ella.spectral.train import Training, train
@@ -88,3 +90,47 @@ def ritz_basis(
         raise ValueError(f"`num_batches` must be at least 1; got {num_batches}.")
     values, mixing = rayleigh_ritz(moments)
     return Eigenbasis(network, mixing, values)
+
+
+@torch.no_grad()
+def ritz_head(
+    body: ParallelMLP,
+    kernel: KernelOperator,
+    x: Tensor,
+    rank: int,
+    *,
+    kernel_inputs: Any = None,  # noqa: ANN401
+    tolerance: float = 1e-5,
+) -> LinearHead:
+    r"""A closed-form start: the leading eigenfunctions in the span of a network's hidden units.
+
+    Rayleigh-Ritz over the units h at a sample gives W = A√μ, so that ψψᵀ ≈ κ for ψ = hW: near the
+    minimum of `NestedLoRA`, where random weights of separate networks take thousands of steps to
+    find the functions of small eigenvalue. T is integrated over the whole sample, not over
+    halves: in the span of so many units the noise between two halves exceeds small eigenvalues.
+
+    Args:
+        body: Its weights may be random; `LinearHead` trains them further.
+        kernel: See `KernelOperator`.
+        x: The sample as the network reads it, shape (n, d), several times as many as units.
+        rank: k.
+        kernel_inputs: The sample as the kernel reads it; None: as the network does.
+        tolerance: Of `rayleigh_ritz`. Small values give large weights, hard to train further.
+
+    Returns:
+        The network ψ.
+
+    Raises:
+        ValueError: If the units span fewer than k directions.
+    """
+    inputs = x if kernel_inputs is None else kernel_inputs
+    units = body.hidden(x).unsqueeze(1)
+    moments = Moments.of(units, kernel.apply(inputs, inputs, units))
+    values, mixing = rayleigh_ritz(moments, tolerance=tolerance)
+    if len(values) < rank:
+        raise ValueError(
+            f"`rank` is {rank}, but the hidden units span only {len(values)} directions. Lower "
+            "`rank` or `tolerance`, or widen the network."
+        )
+    weight = mixing[:, :rank] * values[:rank].clamp_min(0).sqrt()
+    return LinearHead(body, weight.to(units))

@@ -133,15 +133,23 @@ class ParallelMLP(nn.Module):
             with torch.no_grad():
                 self.biases[0].uniform_(0, 2 * math.pi, generator=generator)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """All units of the last hidden layer at points (n, d): shape (n, k·width)."""
+        return self._units(x).flatten(0, 1).T
+
     def forward(self, x: Tensor) -> Tensor:
         """Values (n, 1, k) of points (n, d)."""
-        hidden = (x if self.features is None else self.features(x)).T
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = weight @ (self.activation(hidden) if i else hidden) + bias
-        values = hidden[:, 0].T
+        values = (self.weights[-1] @ self._units(x) + self.biases[-1])[:, 0].T
         if self.envelope is not None:
             values = values * self.envelope(x).unsqueeze(1)
         return values.unsqueeze(1)
+
+    def _units(self, x: Tensor) -> Tensor:
+        """The last hidden layer, shape (k, width, n)."""
+        hidden = (x if self.features is None else self.features(x)).T
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = self.activation(weight @ hidden + bias)
+        return hidden
 
     def jet(self, x: Tensor) -> Jet:
         """Value, gradient and Laplacian, each with trailing axes (n, 1, k)."""
@@ -158,3 +166,22 @@ class ParallelMLP(nn.Module):
         if self.envelope is not None:
             jet = jet * Jet(*(part.unsqueeze(-1) for part in Jet.of(self.envelope, x)))
         return Jet(*(part.unsqueeze(-2) for part in jet))
+
+
+class LinearHead(nn.Module):
+    """k linear combinations ψ = h W of the hidden units h of perceptrons, all units together.
+
+    The outputs are linear in W, so the best W for given units has a closed form: see `ritz_head`.
+
+    Args:
+        body: Whose hidden units; its own last layer and its envelope are not used.
+        weight: W, shape (units, k).
+    """
+
+    def __init__(self, body: ParallelMLP, weight: Tensor) -> None:
+        super().__init__()
+        self.body, self.weight = body, nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values (n, 1, k) of points (n, d)."""
+        return (self.body.hidden(x) @ self.weight).unsqueeze(1)
