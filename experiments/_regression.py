@@ -349,18 +349,18 @@ def _jacobian_rows(model: nn.Module, x: Tensor) -> Tensor:
 
 UCI_LABEL = "data set"
 DROPOUT = "MC dropout, published"
-UCI_METHOD_COLUMNS = (
-    ("MAP", "MAP"),
-    ("MAP, σ² tuned", "MAP, σ² tuned"),
-    ("last-layer Laplace, full", "last layer, full"),
-    ("last-layer Laplace, Kronecker", "last layer, Kronecker"),
-    ("Kronecker Laplace", "Kronecker"),
-    ("linearized Laplace, dense", "dense"),
-    ("ELLA, Nyström k = 20, no residual", "ELLA k = 20, no residual"),
-    ("ELLA, Nyström k = 20", "ELLA k = 20"),
-    ("ELLA, Nyström, full rank", "ELLA, full rank"),
-    ("ELLA, NeuralEF k = 20", "ELLA, NeuralEF"),
-)
+UCI_METHOD_TITLES = {
+    "MAP": "MAP",
+    "MAP, σ² tuned": "MAP, σ² tuned",
+    "last-layer Laplace, full": "last layer, full",
+    "last-layer Laplace, Kronecker": "last layer, Kronecker",
+    "Kronecker Laplace": "Kronecker",
+    "linearized Laplace, dense": "dense",
+    "ELLA, Nyström k = 20, no residual": "ELLA k = 20, no residual",
+    "ELLA, Nyström k = 20": "ELLA k = 20",
+    "ELLA, Nyström, full rank": "ELLA, full rank",
+    "ELLA, NeuralEF k = 20": "ELLA, NeuralEF",
+}
 """Methods of uci.json in the order of the table, with their titles there."""
 
 
@@ -382,36 +382,41 @@ def uci_table(results: Mapping[str, Any]) -> str:
     """
     rows, published = results["rows"], results["settings"]["published"]
     found = {row["method"] for row in rows}
-    shown = [(method, title) for method, title in UCI_METHOD_COLUMNS if method in found]
-    titles = [UCI_LABEL, "n", "d", "splits", *(title for _, title in shown)]
-    lines = [[*titles, DROPOUT, "RMSE", f"RMSE, {DROPOUT}"]]
-    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    shown = {method: title for method, title in UCI_METHOD_TITLES.items() if method in found}
+    head = [UCI_LABEL, "n", "d", "splits", *shown.values(), DROPOUT, "RMSE", f"RMSE, {DROPOUT}"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name in dict.fromkeys(row["dataset"] for row in rows):
         own = [row for row in rows if row["dataset"] == name]
-        splits = sorted({row["split"] for row in own})
-        by_method = {method: _by_split(own, method, splits) for method, _ in shown}
-        means = {m: statistics.fmean(_values(r, "log_likelihood")) for m, r in by_method.items()}
-        best = f"{max(means.values()):.3f}"
-        cells = []
-        for method, split_rows in by_method.items():
-            cell = _with_error(_values(split_rows, "log_likelihood"), ".3f")
-            cells.append(f"**{cell}**" if f"{means[method]:.3f}" == best else cell)
-        rmse = _common_rmse(by_method)
-        others = {key: [values[i] for i in splits] for key, values in published[name].items()}
-        digits = ".4f" if statistics.fmean(rmse) < 1 else ".2f"
-        lines.append(
-            [
-                name,
-                f"{own[0]['num_examples']:,}",
-                str(own[0]["num_features"]),
-                str(len(splits)),
-                *cells,
-                _with_error(others["log_likelihood"], ".3f"),
-                _with_error(rmse, digits),
-                _with_error(others["rmse"], digits),
-            ]
-        )
+        lines.append(_uci_line(name, own, list(shown), published[name]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _uci_line(
+    name: str,
+    rows: Sequence[Row],
+    methods: Sequence[str],
+    published: Mapping[str, Sequence[float]],
+) -> list[str]:
+    """The cells of one data set."""
+    splits = sorted({row["split"] for row in rows})
+    by_method = {method: _by_split(rows, method, splits) for method in methods}
+    likelihoods = {m: _values(own, "log_likelihood") for m, own in by_method.items()}
+    means = {m: f"{statistics.fmean(values):.3f}" for m, values in likelihoods.items()}
+    best = max(means.values(), key=float)
+    cells = {m: _with_error(values, ".3f") for m, values in likelihoods.items()}
+    rmse = _common_rmse(by_method)
+    others = {key: [values[i] for i in splits] for key, values in published.items()}
+    digits = ".4f" if statistics.fmean(rmse) < 1 else ".2f"
+    return [
+        name,
+        f"{rows[0]['num_examples']:,}",
+        str(rows[0]["num_features"]),
+        str(len(splits)),
+        *(f"**{cell}**" if means[m] == best else cell for m, cell in cells.items()),
+        _with_error(others["log_likelihood"], ".3f"),
+        _with_error(rmse, digits),
+        _with_error(others["rmse"], digits),
+    ]
 
 
 def _by_split(rows: Sequence[Row], method: str, splits: Sequence[int]) -> list[Row]:
