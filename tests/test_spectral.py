@@ -270,6 +270,19 @@ def test_operators_are_linear_self_adjoint_and_positive(kernel, x):
     assert torch.linalg.eigvalsh((matrix + matrix.T) / 2).min() >= -1e-10
 
 
+def test_rbf_has_the_same_derivatives_forward_and_backward():
+    x, y = normal(4, 2), normal(5, 2, seed=1)
+
+    def value(shift):
+        return RBF(0.8)(x + shift, torch.cat([x, y]))  # at distance 0 as well
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    forward = torch.func.jacfwd(value)(zero)
+    assert_near(forward, torch.func.jacrev(value)(zero))
+    step = 1e-6 * torch.tensor([1.0, 0], dtype=torch.float64)
+    assert_near(forward[..., 0], (value(step) - value(-step)) / 2e-6, tolerance=1e-7)
+
+
 def test_polynomial_has_the_stated_rank():
     x = normal(40, 2)
     gram = Polynomial(3, 1.5)(x, x)

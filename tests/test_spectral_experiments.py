@@ -191,6 +191,41 @@ def test_axis_operator_has_the_energies_of_the_box(load, nodes):
     torch.testing.assert_close(found, exact, rtol=20 / nodes**2, atol=0)
 
 
+def test_forward_mode_score_losses_are_hyvarinens_score(load):
+    score = load("score")
+    samples = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    new = torch.randn(7, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = score.nystrom_score(score.DiffusionKernel.of(1.0, samples), samples)
+    for rank in (1, 5):
+        x = new.clone().requires_grad_()
+        values = found(x, rank)
+        # Row by row with reverse mode, E[‖s‖²/2 + div s].
+        total = 0.0
+        for i in range(len(x)):
+            divergence = sum(
+                torch.autograd.grad(values[i, d], x, retain_graph=True)[0][i, d] for d in range(2)
+            )
+            total += 0.5 * values[i].square().sum() + divergence
+        torch.testing.assert_close(found.losses(new)[rank - 1], total.detach() / len(x))
+
+
+def test_diffusion_kernel_is_its_definition_and_leaves_constants_alone(load):
+    score = load("score")
+    z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel = score.DiffusionKernel.of(0.7, z)
+    gram = torch.exp(-torch.cdist(z, z).square() / (2 * 0.7**2))
+    density = gram.mean(1)
+    half = gram / (density[:, None] * density).sqrt()
+    degree = half.mean(1)
+    torch.testing.assert_close(kernel(z, z), half / (degree[:, None] * degree).sqrt())
+    # Its eigenvalues are those of a Markov chain, the largest 1, whose function is √D: nearly 1.
+    values, vectors = torch.linalg.eigh(kernel(z, z) / len(z))
+    assert abs(values[-1].item() - 1) < 1e-9
+    leading = vectors[:, -1].abs()
+    torch.testing.assert_close(leading, degree.sqrt() / degree.sum().sqrt())
+    assert leading.std() / leading.mean() < 0.2
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "name",

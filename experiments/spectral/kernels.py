@@ -7,11 +7,15 @@
 3. Random two-layer ReLU networks as features, on two moons and on circles (1,000 points), three
    functions, against the eigenvectors of the infinite-width (arc-cosine) kernel.
 
-Networks see new points in every batch (1, 2), or 10,000 random networks (3), and never form a
-Gram matrix. Nyström is the peer, with 512 and 2,048 landmarks, in (3) with 100 of the points.
-For an explicit kernel in the plane Nyström is exact and cheap; what the network saves is the cost
-of an evaluation, which does not grow with the landmarks (`evaluate_seconds`, 100,000 points). The
-scale of the kernel and the number of steps were chosen by the true error on seed 0 of (2).
+A network is ten sine perceptrons whose hidden units are all mixed by one linear head. The head
+starts in closed form (Rayleigh-Ritz on one sample of 4,096 points; the hidden layers are random),
+then all weights are trained on new points in every batch (1, 2), or on 10,000 random networks (3).
+"start alone" is the network before training: the difference tells what training adds. "random
+start" are ten separate networks, trained from random weights for as many steps. Nyström is the
+peer, with 512 and 2,048 landmarks, in (3) with 100 of the points. For an explicit kernel in the
+plane Nyström is exact and cheap; what the network saves is the cost of an evaluation, which does
+not grow with the landmarks (`evaluate_seconds`, 100,000 points). Tolerance of the start, learning
+rate, steps and scale of the kernel were chosen by the true error on seed 0.
 
 Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),
 https://arxiv.org/abs/2205.00165; Operator SVD with Neural Networks via Nested Low-Rank
@@ -19,14 +23,15 @@ Approximation (Ryu et al., 2024), https://arxiv.org/abs/2402.03655
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from _common import (
     Headline,
+    Ledger,
     Scaled,
     arguments,
     cpu_timed,
@@ -35,30 +40,44 @@ from _common import (
     mean_of,
     new_figure,
 )
+from _report import Row
 from _truths import Truth, gaussian_rbf, uniform_polynomial
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from ella.spectral import (
     Eigenbasis,
     FeatureKernel,
     Kernel,
+    KernelOperator,
+    LinearHead,
     NestedLoRA,
     NeuralEFObjective,
     NystromBasis,
     Objective,
     ParallelMLP,
     Population,
-    Problem,
     Samples,
     Training,
     learn_eigenbasis,
+    ritz_basis,
+    ritz_head,
+    train,
 )
 
 TOP = 100.0
 """The kernel is scaled so that its leading eigenvalue is this while networks train: Adam's steps
 have a size of their own, and functions whose eigenvalue is below it are not learned."""
+BLOCKS = 10
+"""Perceptrons whose hidden units, 32 each, a network mixes."""
+START_POINTS = 4096
 LANDMARKS = 100
+TOYS = ("two moons", "circles")
+FROM_START = Training(
+    steps=600, batch_size=512, learning_rate=3e-4, weight_decay=0, checks=10, patience=10
+)
+FROM_RANDOM = replace(FROM_START, learning_rate=1e-2)
 OBJECTIVES: dict[str, Objective] = {
     "NestedLoRA": NestedLoRA(),
     "NeuralEF": NeuralEFObjective(),
@@ -75,65 +94,106 @@ def rectangle(size: int, generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(size, 2, generator=generator) - 1) * torch.tensor([1.0, 0.8])
 
 
-def learn(problem: Problem, rank: int, objective: Objective, steps: int, seed: int) -> Eigenbasis:
-    """K separate sine networks, trained and mixed by Rayleigh-Ritz."""
-    generator = torch.Generator().manual_seed(seed)
-    network = ParallelMLP(2, rank, generator=generator)
-    training = Training(
-        steps=steps, batch_size=512, learning_rate=1e-2, weight_decay=0, patience=99
-    )
-    return learn_eigenbasis(
-        network,
-        problem,
-        training,
-        objective=objective,
-        generator=generator,
-        num_batches=24,
-        batch_size=2048,
-        progress=False,
-    )
-
-
-def explicit_rows(
-    name: str,
-    truth: Truth,
-    draw: Callable[[int, torch.Generator], Tensor],
+def start(
+    kernel: KernelOperator,
+    points: Tensor,
+    rank: int,
     seed: int,
-    smoke: bool,
-) -> list[dict[str, Any]]:
-    """Networks and Nyström on a kernel whose eigenpairs are known."""
-    rank = len(truth.eigenvalues)
-    factor = TOP / truth.eigenvalues[0].item()
-    many = draw(1000 if smoke else 100_000, torch.Generator().manual_seed(99))
-    points = truth.points.float()
-    rows = []
+    kernel_inputs: Tensor | None = None,
+) -> LinearHead:
+    """Random hidden layers and the best head for them; see `ritz_head`."""
+    body = ParallelMLP(2, BLOCKS, generator=torch.Generator().manual_seed(seed))
+    return ritz_head(body, kernel, points, rank, kernel_inputs=kernel_inputs)
 
-    def note(method: str, fitted: tuple[Any, float], scale: float) -> None:
-        basis, seconds = fitted
-        errors = truth.eigenvalue_errors(basis.eigenvalues[:rank] / scale)
-        rows.append(
-            {
-                "method": f"{name}: {method}",
-                "seed": seed,
-                "eigenvalue_error": errors.mean().item(),
-                "worst_eigenvalue_error": errors.max().item(),
-                "angle": truth.angle(basis(points)[:, 0]),
-                "seconds": seconds,
-                "evaluate_seconds": cpu_timed(lambda: [basis(x) for x in many.split(5000)])[1],
-            }
-        )
 
-    for method, objective in OBJECTIVES.items():
-        scaled = Scaled(truth.kernel, factor)
-        problem = Population(scaled, draw, generator=torch.Generator().manual_seed(seed + 1000))
-        steps = 20 if smoke else 4000
-        run = partial(learn, problem, rank, objective, steps, seed)
-        note(method, cpu_timed(run), factor)
-    for count in (64,) if smoke else (512, 2048):
-        landmarks = draw(count, torch.Generator().manual_seed(seed))
-        run = partial(NystromBasis.of, truth.kernel, landmarks, rank)
-        note(f"Nyström, {count} landmarks", cpu_timed(run), 1.0)
-    return rows
+def shortened(training: Training, smoke: bool) -> Training:
+    """The training, or hardly any."""
+    return replace(training, steps=5) if smoke else training
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """A kernel on a distribution, both in closed form.
+
+    Attributes:
+        name: Of the kernel.
+        truth: Its eigenpairs.
+        draw: `(size, generator)` ↦ points.
+    """
+
+    name: str
+    truth: Truth
+    draw: Callable[[int, torch.Generator], Tensor]
+
+    @property
+    def rank(self) -> int:
+        """Number of functions that are sought."""
+        return len(self.truth.eigenvalues)
+
+    @property
+    def scaled(self) -> Scaled:
+        """The kernel with leading eigenvalue `TOP`."""
+        return Scaled(self.truth.kernel, TOP / self.truth.eigenvalues[0].item())
+
+    def networks(self, seed: int, smoke: bool) -> dict[str, Callable[[], Eigenbasis]]:
+        """How the eigenfunctions are found by networks, by method."""
+
+        def learn(network: nn.Module, objective: Objective, training: Training) -> Eigenbasis:
+            generator = torch.Generator().manual_seed(seed)
+            held = torch.Generator().manual_seed(seed + 1000)
+            problem = Population(self.scaled, self.draw, generator=held)
+            if training.steps:
+                short = shortened(training, smoke)
+                train(network, problem, objective, short, generator=generator, progress=False)
+            basis = ritz_basis(network.requires_grad_(False), problem, generator, num_batches=24)
+            return replace(basis, eigenvalues=basis.eigenvalues / self.scaled.factor)
+
+        def ready() -> LinearHead:
+            points = self.draw(START_POINTS, torch.Generator().manual_seed(seed + 2000))
+            return start(self.scaled, points, self.rank, seed)
+
+        def separate() -> ParallelMLP:
+            generator = torch.Generator().manual_seed(seed)
+            return ParallelMLP(2, self.rank, generator=generator)
+
+        untrained = replace(FROM_START, steps=0)
+        methods = {"start alone": lambda: learn(ready(), NestedLoRA(), untrained)}
+        for name, objective in OBJECTIVES.items():
+            methods[name] = lambda each=objective: learn(ready(), each, FROM_START)
+        methods["random start, NestedLoRA"] = lambda: learn(separate(), NestedLoRA(), FROM_RANDOM)
+        return methods
+
+    def landmarks(self, seed: int, smoke: bool) -> dict[str, Callable[[], NystromBasis]]:
+        """Nyström, by method."""
+
+        def nystrom(count: int) -> NystromBasis:
+            points = self.draw(count, torch.Generator().manual_seed(seed))
+            return NystromBasis.of(self.truth.kernel, points, self.rank)
+
+        counts = (64,) if smoke else (512, 2048)
+        return {f"Nyström, {count} landmarks": partial(nystrom, count) for count in counts}
+
+    def row(self, method: str, seed: int, smoke: bool) -> dict[str, Any]:
+        """Errors and costs of one method."""
+        fit = {**self.networks(seed, smoke), **self.landmarks(seed, smoke)}[method]
+        basis, seconds = cpu_timed(fit)
+        many = self.draw(1000 if smoke else 100_000, torch.Generator().manual_seed(99))
+        errors = self.truth.eigenvalue_errors(basis.eigenvalues[: self.rank])
+        return {
+            "method": f"{self.name}: {method}",
+            "seed": seed,
+            "eigenvalue_error": errors.mean().item(),
+            "worst_eigenvalue_error": errors.max().item(),
+            "angle": self.truth.angle(basis(self.truth.points.float())[:, 0]),
+            "seconds": seconds,
+            "evaluate_seconds": cpu_timed(lambda: [basis(x) for x in many.split(5000)])[1],
+        }
+
+
+EXPLICIT = (
+    Explicit("RBF", gaussian_rbf(), normal),
+    Explicit("polynomial", uniform_polynomial(), rectangle),
+)
 
 
 @dataclass(frozen=True)
@@ -171,47 +231,51 @@ def toy_points(name: str, seed: int) -> tuple[Tensor, Tensor]:
     return (points - points.mean(0)) / points.std(0), torch.from_numpy(y)
 
 
-def sampled_rows(name: str, seed: int, smoke: bool) -> tuple[list[dict[str, Any]], Any]:
-    """Random networks as a kernel on two moons or circles; also the learned basis, to draw."""
+def learn_toy(name: str, seed: int, smoke: bool) -> Eigenbasis:
+    """Three functions of the kernel of sampled random networks on two moons or circles."""
     points, _ = toy_points(name, seed)
-    gram = ArcCosine()(points, points).double()
-    values, vectors = torch.linalg.eigh(gram / len(points))
-    values, vectors = values.flip(0)[:3], vectors.flip(1)[:, :3]
     generator = torch.Generator().manual_seed(seed)
     features = random_networks(points, 200 if smoke else 10_000, generator)
-    features *= (TOP / values[0].item()) ** 0.5
+    # The largest eigenvalue is most of the mean of κ(x, x), as for any kernel of one sign.
+    features *= (TOP / features.square().sum(2).mean().item()) ** 0.5
+    network = start(FeatureKernel(), points, 3, seed, kernel_inputs=features)
     problem = Samples(FeatureKernel(), points, features, generator=generator, holdout=0.05)
     problem.pool = torch.arange(len(points))  # the truth is the Gram matrix of all of them
-    steps = 20 if smoke else 1000
-    basis, seconds = cpu_timed(lambda: learn(problem, 3, NestedLoRA(), steps, seed))
-    few, peer_seconds = cpu_timed(lambda: NystromBasis.of(ArcCosine(), points[:LANDMARKS], 3))
+    training = shortened(replace(FROM_START, steps=200), smoke)
+    return learn_eigenbasis(
+        network, problem, training, generator=generator, num_batches=4, progress=False
+    )
+
+
+def toy_rows(name: str, seed: int, smoke: bool) -> list[dict[str, Any]]:
+    """Random networks as a kernel against the infinite width, on all the points."""
+    points, _ = toy_points(name, seed)
+    gram = ArcCosine()(points, points).double()
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :3]
     rows = []
-    for method, functions, took in (
-        ("NestedLoRA", basis(points)[:, 0], seconds),
-        (f"Nyström, {LANDMARKS} landmarks", few(points)[:, 0], peer_seconds),
+    for method, fit in (
+        ("NestedLoRA", lambda: learn_toy(name, seed, smoke)),
+        (f"Nyström, {LANDMARKS} landmarks", lambda: few_landmarks(points)),
     ):
-        angle = largest_angle(functions, vectors)
-        rows.append({"method": f"{name}: {method}", "seed": seed, "angle": angle, "seconds": took})
-    return rows, basis
+        basis, seconds = cpu_timed(fit)
+        angle = largest_angle(basis(points)[:, 0], vectors)
+        rows.append(
+            {"method": f"{name}: {method}", "seed": seed, "angle": angle, "seconds": seconds}
+        )
+    return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    rows: list[dict[str, Any]] = []
-    problems = (("RBF", gaussian_rbf(), normal), ("polynomial", uniform_polynomial(), rectangle))
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for name, truth, draw in problems:
-            rows += explicit_rows(name, truth, draw, seed, args.smoke)
-        drawn = {}
-        for name in ("two moons", "circles"):
-            found, drawn[name] = sampled_rows(name, seed, args.smoke)
-            rows += found
+def few_landmarks(points: Tensor) -> NystromBasis:
+    """The peer on the toy data."""
+    return NystromBasis.of(ArcCosine(), points[:LANDMARKS], 3)
+
+
+def headline(rows: Sequence[Row], landmarks: int) -> Headline:
+    """The RBF kernel; the goal takes in the polynomial as well."""
     worst = mean_of(rows, "RBF: NestedLoRA", "worst_eigenvalue_error")
     angle = mean_of(rows, "RBF: NestedLoRA", "angle")
     polynomial = mean_of(rows, "polynomial: NestedLoRA", "angle")
-    landmarks = 64 if args.smoke else 2048
-    headline = Headline(
+    return Headline(
         question="Can networks learn the eigenfunctions of explicit kernels?",
         metric="largest angle of ten functions, degrees (RBF)",
         ours=angle,
@@ -222,16 +286,38 @@ def main(argv: list[str] | None = None) -> None:
         reached=angle < 5 and worst < 0.03 and polynomial < 10,
         seconds=mean_of(rows, "RBF: NestedLoRA", "seconds"),
     )
-    finish("kernels", args, rows, headline, figure(drawn, args.first_seed + args.seeds - 1))
 
 
-def figure(bases: dict[str, Eigenbasis], seed: int) -> Figure:
-    """The talk's pictures: the plane coloured by each function, with the points on it."""
-    drawn = new_figure(8, 5)
-    panels = drawn.subplots(2, 3)
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not in the result file yet, and write everything."""
+    args = arguments(__doc__.splitlines()[0], argv, seeds=5)
+    ledger = Ledger("kernels", args)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed in seeds:
+        for kernel in EXPLICIT:
+            methods = [*kernel.networks(seed, args.smoke), *kernel.landmarks(seed, args.smoke)]
+            for method in methods:
+                if (seed, f"{kernel.name}: {method}") not in ledger:
+                    ledger.add(kernel.row(method, seed, args.smoke))
+        for name in TOYS:
+            if (seed, name) not in ledger:
+                ledger.add(*toy_rows(name, seed, args.smoke))
+    drawn = {name: learn_toy(name, args.first_seed, args.smoke) for name in TOYS}
+    rows, landmarks = ledger.rows, 64 if args.smoke else 2048
+    finish("kernels", args, rows, headline(rows, landmarks), figure(drawn, rows, args.first_seed))
+
+
+def figure(bases: dict[str, Eigenbasis], rows: Sequence[Row], seed: int) -> Figure:
+    """Angles of all methods, and the plane coloured by each learned function of the toy data."""
+    drawn = new_figure(11, 5)
+    left, right = drawn.subfigures(1, 2, width_ratios=[2, 3])
+    panels = left.subplots(2, 1)
+    for panel, kernel in zip(panels, EXPLICIT, strict=True):
+        _bars(panel, kernel.name, rows)
+    panels[-1].set_xlabel("largest angle of ten functions to the exact ones (degrees)")
     axis = torch.linspace(-2.5, 2.5, 80)
     grid = torch.cartesian_prod(axis, axis)
-    for line, (name, basis) in zip(panels, bases.items(), strict=True):
+    for line, (name, basis) in zip(right.subplots(2, 3), bases.items(), strict=True):
         points, classes = toy_points(name, seed)
         values = basis(grid)[:, 0].view(80, 80, -1)
         for j, panel in enumerate(line):
@@ -242,6 +328,22 @@ def figure(bases: dict[str, Eigenbasis], seed: int) -> Figure:
                 panel.plot(shown[:, 0], shown[:, 1], f"k{marker}", markersize=3)
             panel.set(xticks=[], yticks=[], title=f"{name}, function {j + 1}")
     return drawn
+
+
+def _bars(panel: Axes, name: str, rows: Sequence[Row]) -> None:
+    """Mean angle of each method on one kernel, with every seed as a dot."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        kernel, method = row["method"].split(": ")
+        if kernel == name:
+            found.setdefault(method, []).append(row["angle"])
+    for place, angles in enumerate(found.values()):
+        panel.barh(place, sum(angles) / len(angles), color="#4477AA", alpha=0.6)
+        panel.plot(angles, [place] * len(angles), "k.", markersize=3)
+    panel.set_yticks(range(len(found)), list(found), fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xscale="log", title=f"{name} kernel")
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
