@@ -43,7 +43,7 @@ LENGTHS = (2, 4, 8, 16, 32, 64)
 OURS, CONTRASTIVE, BARLOW = "neural eigenmaps", "spectral contrastive", "Barlow Twins"
 UNTRAINED, PRINCIPAL, PIXELS = "untrained network", "PCA", "pixels"
 METHODS = (OURS, CONTRASTIVE, BARLOW, UNTRAINED, PRINCIPAL, PIXELS)
-STEPS = {"digits": 800, "FashionMNIST": 600}
+STEPS = {"digits": 800, "FashionMNIST": 500}
 QUERIES = 400
 """Of retrieval."""
 
