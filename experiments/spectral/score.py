@@ -10,8 +10,9 @@ network's: hidden sine units with a closed-form head, then trained (NestedLoRA, 
 Two kernels: the RBF kernel, as its authors use, and the diffusion kernel (`DiffusionKernel`), the
 RBF kernel reweighted by the density so that its leading eigenfunctions are nearly those of the
 Langevin diffusion of p: constants and straight lines on each cluster, which is what a score is
-made of. The length scale, as a share of the median distance, and J are chosen together by
-Hyvärinen's score on half of the samples after a fit to the other half: no truth is looked at.
+made of. Kernel, length scale (as a share of the median distance) and J are chosen together by
+Hyvärinen's score on half of the samples after a fit to the other half: no truth is looked at. The
+network learns the functions of the kernel that was chosen ("chosen kernel").
 
 The truth is autograd's gradient of the log-density. Errors are E‖ŝ - s‖² / E‖s‖² over 2,000 new
 points. "exact coefficients" is the least-squares fit of the true score by the same J functions,
@@ -65,8 +66,7 @@ TOP = 100.0
 TRAINING = Training(
     steps=300, batch_size=512, learning_rate=3e-4, weight_decay=0, checks=10, patience=10
 )
-NYSTROM = "diffusion, Nyström"
-OURS = "diffusion, NestedLoRA"
+OURS = "chosen kernel, NestedLoRA"
 
 Score = Callable[[Tensor], Tensor]
 
@@ -227,16 +227,32 @@ def nystrom_score(kernel: Kernel, samples: Tensor) -> SpectralScore:
     return SpectralScore.of(lambda x: basis(x)[:, 0], samples)
 
 
-def best_settings(
-    make: Callable[[float, Tensor], Kernel], samples: Tensor, shares: Sequence[float]
-) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen on held-out samples.
+
+    Attributes:
+        kernel: Its name in `KERNELS`.
+        length_scale: l.
+        rank: J.
+        loss: Hyvärinen's score on the held-out samples.
+    """
+
+    kernel: str
+    length_scale: float
+    rank: int
+    loss: float
+
+
+def choose(kernel: str, samples: Tensor, shares: Sequence[float]) -> Choice:
     """Length scale and J of the least loss on one half of the samples after a fit to the other."""
     fitted, held = samples[::2], samples[1::2]
     scale, choices = median_distance(fitted), []
     for share in shares:
-        losses = nystrom_score(make(share * scale, fitted), fitted).losses(held)
-        choices += [(losses[rank - 1].item(), share * scale, rank) for rank in RANKS]
-    return min(choices)[1:]
+        made = KERNELS[kernel](share * scale, fitted)
+        losses = nystrom_score(made, fitted).losses(held)
+        choices += [Choice(kernel, share * scale, J, losses[J - 1].item()) for J in RANKS]
+    return min(choices, key=lambda each: each.loss)
 
 
 def network_score(kernel: Kernel, samples: Tensor, steps: int, seed: int) -> SpectralScore:
@@ -346,34 +362,43 @@ def exact_coefficients(functions: Tensor, exact: Tensor) -> Tensor:
 def spectral_rows(
     samples: Tensor, new: Tensor, exact: Tensor, seed: int, smoke: bool
 ) -> list[Row]:
-    """SSGE with both kernels, with Nyström's functions and a network's, at each J."""
-    samples, new = samples.double(), new.double()
+    """SSGE: Nyström with either kernel, a network with the kernel of the least held-out loss."""
+    wide, choices, rows, spent = samples.double(), [], [], 0.0
+    for kernel in KERNELS:
+        choice, choosing = cpu_timed(
+            partial(choose, kernel, wide, SHARES[2:] if smoke else SHARES)
+        )
+        made = KERNELS[kernel](choice.length_scale, wide)
+        score, fitting = cpu_timed(partial(nystrom_score, made, wide))
+        costs = {"seconds": choosing + fitting, "length_scale": choice.length_scale}
+        rows += rank_rows(f"{kernel}, Nyström", score, choice, new.double(), exact, costs)
+        choices.append(choice)
+        spent += choosing
+    best = min(choices, key=lambda each: each.loss)
+    (row,) = (row for row in rows if row["method"] == f"{best.kernel}, Nyström, J chosen")
+    rows.append({**row, "method": "chosen kernel, Nyström, J chosen", "kernel": best.kernel})
+    made = KERNELS[best.kernel](best.length_scale, samples)
+    steps = 5 if smoke else TRAINING.steps
+    score, fitting = cpu_timed(partial(network_score, made, samples, steps, seed))
+    costs = {"length_scale": best.length_scale, "kernel": best.kernel}
+    costs["seconds"] = spent + fitting
+    return rows + rank_rows(OURS, score, best, new, exact, costs)
+
+
+def rank_rows(
+    name: str, score: SpectralScore, choice: Choice, new: Tensor, exact: Tensor, costs: Row
+) -> list[dict[str, Any]]:
+    """Errors at each J and at the J that was chosen, and with exact coefficients."""
+    values = score.functions(new)
     rows: list[dict[str, Any]] = []
-
-    def note(name: str, rank: int | None, found: Tensor, **more: float) -> None:
-        which = "J chosen" if rank is None else f"J = {rank}"
-        error = relative_error(found, exact)
-        rows.append({"method": f"{name}, {which}", "error": error, **more})
-
-    for kernel_name, make in KERNELS.items():
-        shares = SHARES[2:] if smoke else SHARES
-        (length, best), choice = cpu_timed(partial(best_settings, make, samples, shares))
-        kernel, fits = make(length, samples), {}
-        fits["Nyström"] = partial(nystrom_score, kernel, samples)
-        if kernel_name == "diffusion":
-            steps = 5 if smoke else TRAINING.steps
-            fits["NestedLoRA"] = partial(network_score, kernel, samples, steps, seed)
-        for solver, fit in fits.items():
-            score, seconds = cpu_timed(fit)
-            values = score.functions(new)
-            costs = {"seconds": choice + seconds, "length_scale": length}
-            for rank in RANKS:
-                note(f"{kernel_name}, {solver}", rank, score(new, rank), **costs)
-                floor = exact_coefficients(values[:, :rank], exact)
-                note(f"{kernel_name}, {solver}, exact coefficients", rank, floor)
-            name = f"{kernel_name}, {solver}"
-            note(name, None, score(new, best), **costs, chosen_rank=best)
-    return rows
+    for J in RANKS:
+        error = relative_error(score(new, J), exact)
+        floor = relative_error(exact_coefficients(values[:, :J], exact), exact)
+        rows.append({"method": f"{name}, J = {J}", "error": error, **costs})
+        rows.append({"method": f"{name}, exact coefficients, J = {J}", "error": floor})
+    error = relative_error(score(new, choice.rank), exact)
+    chosen = {"chosen_rank": choice.rank, "held_out_loss": choice.loss}
+    return [*rows, {"method": f"{name}, J chosen", "error": error, **costs, **chosen}]
 
 
 def rows_of(name: str, density: Density, seed: int, smoke: bool) -> list[dict[str, Any]]:
@@ -410,7 +435,7 @@ def figure(rows: Sequence[Row], seed: int, smoke: bool) -> Figure:
 
 
 def _error_curves(panel: Axes, name: str, rows: Sequence[Row]) -> None:
-    lines = {"RBF, Nyström": "#999999", NYSTROM: "#4477AA", OURS: "#EE6677"}
+    lines = {"RBF, Nyström": "#999999", "diffusion, Nyström": "#4477AA", OURS: "#EE6677"}
     for method, color in lines.items():
         for suffix, style in (("", "o-"), (", exact coefficients", ":")):
             errors = [
@@ -437,31 +462,30 @@ def _fields(
         samples = density.draw(200 if smoke else 2000, torch.Generator().manual_seed(seed))
         method = f"{name}: {OURS}, J chosen"
         (row,) = (row for row in rows if row["method"] == method and row["seed"] == seed)
-        points, wide = samples[:150], samples.double()
-        kernel = DiffusionKernel.of(row["length_scale"], wide)
-        score = network_score(kernel, wide, 5 if smoke else TRAINING.steps, seed)
-        learned = score(points.double(), row["chosen_rank"])
+        points, kernel = samples[:150], KERNELS[row["kernel"]](row["length_scale"], samples)
+        score = network_score(kernel, samples, 5 if smoke else TRAINING.steps, seed)
+        learned = score(points, row["chosen_rank"])
         found.append((f"{name}: exact", samples, points, density.score(points)))
         found.append((f"{name}: learned functions", samples, points, learned))
     return found
 
 
 def headline(rows: Sequence[Row]) -> Headline:
-    """The mixture with J chosen; the goal is asked of the same."""
+    """The mixture with J chosen; the goal is asked at J = 12 as well."""
 
     def error(name: str, method: str) -> float:
-        return mean_of(rows, f"{name}: {method}, J chosen", "error")
+        return mean_of(rows, f"{name}: {method}", "error")
 
-    ours = {name: error(name, OURS) for name in DENSITIES}
+    judged = (f"{OURS}, J chosen", f"{OURS}, J = {JUDGED}")
     return Headline(
         question="Can eigenfunctions give the score of a distribution known by samples?",
-        metric="relative squared error of the score of a mixture, J chosen on held-out samples",
-        ours=ours["mixture"],
+        metric="relative squared error of the score of a mixture",
+        ours=error("mixture", judged[0]),
         peer="SSGE with Nyström, RBF kernel",
-        theirs=error("mixture", "RBF, Nyström"),
+        theirs=error("mixture", "RBF, Nyström, J chosen"),
         truth=0.0,
-        goal="Gaussian < .06, mixture < .08",
-        reached=all(ours[name] < goal for name, goal in GOALS.items()),
+        goal="Gaussian < .06, mixture < .08, with J chosen on held-out samples and with J = 12",
+        reached=all(error(name, each) < goal for name, goal in GOALS.items() for each in judged),
         seconds=mean_of(rows, f"mixture: {OURS}, J chosen", "seconds"),
     )
 
