@@ -285,7 +285,9 @@ class Unit:
         model = self.network.model
         with torch.no_grad(), self.network.closed():
             ratio = forward_ratio(
-                lambda: fitted.predict_proba(batch, n_samples=64), lambda: model(batch), repeats=5
+                lambda: fitted.predict_proba(batch, n_samples=64),
+                lambda: model(batch),
+                repeats=2 if self.family.slow else 5,
             )
         return {"predict_ratio": ratio, "state_bytes": fitted.state_bytes}
 
