@@ -373,12 +373,13 @@ def main(argv: list[str] | None = None) -> None:
             and ours["order"] > 0.95
         )
 
+    peer = max(METHODS[1:], key=lambda method: figure_of("probe", method))
     headline = Headline(
         question="Do eigenfunctions of the augmentation kernel make good, ordered features?",
         metric=f"linear probe, {names[-1]}",
         ours=figure_of("probe"),
-        peer=BARLOW,
-        theirs=figure_of("probe", BARLOW),
+        peer=peer,
+        theirs=figure_of("probe", peer),
         truth=None,
         goal="probe ≥ untrained + .03 and ≥ Barlow Twins − .01; mAP of 8 columns ≥ 95 % of that "
         "of 64 and ≥ random columns + .05; order > .95",
