@@ -44,12 +44,16 @@ class SentenceClassifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(width, num_classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (n, c) of token ids and mask, both (n, tokens)."""
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Means over tokens (n, width) of token ids and mask, both (n, tokens)."""
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         hidden = encoded.last_hidden_state
         real = attention_mask.unsqueeze(-1).to(hidden)
-        return self.head((hidden * real).sum(1) / real.sum(1))
+        return (hidden * real).sum(1) / real.sum(1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (n, c) of token ids and mask, both (n, tokens)."""
+        return self.head(self.embed(input_ids, attention_mask))
 
 
 class Stacked(nn.Module):
