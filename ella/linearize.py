@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -232,14 +232,16 @@ class Linearized:
 
     def _forward(self, parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
         """The model as a function of its trainable parameters. Buffers are copies: see class."""
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        state = {**parameters, **buffers}
+        state = self._state(parameters)
+        arguments: tuple[Any, ...] = ()
+        keywords: dict[str, Tensor] = {}
         if isinstance(x, Tensor):
-            outputs = functional_call(self.model, state, (x,))
+            arguments = (x,)
         elif isinstance(x, Mapping):
-            outputs = functional_call(self.model, state, (), dict(x))
+            keywords = dict(x)
         else:
-            outputs = functional_call(self.model, state, tuple(x))
+            arguments = tuple(x)
+        outputs = functional_call(self.model, state, arguments, keywords, tie_weights=False)
         outputs = getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(
@@ -247,6 +249,29 @@ class Linearized:
                 f"{type(outputs).__name__}. Wrap it in a module that returns the logits."
             )
         return outputs
+
+    def _state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors for `functional_call`, tied weights under the names of all that share them.
+
+        `functional_call` could tie them itself, but of a module with two names it then leaves the
+        replacement of its weights in the model; here each module has one name.
+        """
+        tensors: dict[int, Tensor] = {
+            id(p): parameters[name]
+            for name, p in self.model.named_parameters()
+            if name in parameters
+        }
+        tensors |= {id(b): b.clone() for b in self.model.buffers()}
+        state = {}
+        for path, module in self.model.named_modules():
+            own = (
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            )
+            for name, tensor in own:
+                if id(tensor) in tensors:
+                    state[f"{path}.{name}" if path else name] = tensors[id(tensor)]
+        return state
 
     def _forward_one(self, parameters: Mapping[str, Tensor], example: Inputs) -> Tensor:
         """Outputs (c,) of one example without its batch axis."""

@@ -127,6 +127,36 @@ def use_everything(linearized, x):
     linearized.jacobian(x)
 
 
+class TwoNames(nn.Module):
+    """One module under two names, and one weight in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6))
+        self.again = self.body[0]
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.body[3].weight
+        self.last = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        return self.last(self.tied(self.again(self.body(x)).tanh()).tanh())
+
+
+def test_shared_modules_and_weights_are_differentiated_and_left_alone():
+    model = TwoNames().double().eval()
+    x = normal(5, 6)
+    weights, before = list(model.parameters()), snapshot(model)
+    linearized = Linearized(model)
+    logits, jacobian = dense_jacobian(model, x)
+    v = normal(3, linearized.num_parameters)
+    assert_near(linearized(x), logits)
+    assert_near(linearized.jacobian(x), jacobian)
+    assert_near(linearized.jvp(x, v), torch.einsum("ncp,kp->nck", jacobian, v))
+    use_everything(linearized, x)
+    assert_untouched(model, before)
+    assert all(p is q for p, q in zip(model.parameters(), weights, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_untouched(name):
     case = make_case(name)
