@@ -180,6 +180,24 @@ def test_whitened_functions_are_orthonormal(load):
     torch.testing.assert_close(second, torch.eye(4), rtol=0, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_fourier_operator_can_be_stored_and_trained(load):
+    pytest.importorskip("neuralop")
+    script = load("neural_operator")
+    network = script.make(script.PEER, 0)
+    stored = {name: value.clone() for name, value in network.state_dict().items()}
+    inputs = torch.randn(2, 3, 22, 22, generator=torch.Generator().manual_seed(0))
+    before = network(inputs)
+    assert before.shape == (2, 22 * 22, 1)
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    assert not torch.equal(network(inputs), before)
+    network.load_state_dict(stored)
+    torch.testing.assert_close(network(inputs), before)
+    ours = script._num_parameters(script.make(script.OURS, 0))
+    assert script._num_parameters(network) == pytest.approx(ours, rel=0.25)
+
+
 @pytest.mark.parametrize("nodes", [40, 80])
 def test_axis_operator_has_the_energies_of_the_box(load, nodes):
     stretched = torch.linspace(0, 1, nodes, dtype=torch.float64) ** 1.2
