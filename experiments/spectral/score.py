@@ -425,6 +425,8 @@ def figure(rows: Sequence[Row], seed: int, smoke: bool) -> Figure:
     top, bottom = drawn.subfigures(2, 1)
     for panel, name in zip(top.subplots(1, 3), DENSITIES, strict=True):
         _error_curves(panel, name, rows)
+    handles, labels = top.axes[0].get_legend_handles_labels()
+    top.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     for panel, (title, samples, points, field) in zip(
         bottom.subplots(1, 4), _fields(rows, seed, smoke), strict=True
     ):
@@ -446,8 +448,6 @@ def _error_curves(panel: Axes, name: str, rows: Sequence[Row]) -> None:
         panel.axhline(GOALS[name], color="black", linewidth=0.8, linestyle="--", label="goal")
     panel.set(title=name, xlabel="functions J", xticks=RANKS, yscale="log")
     panel.spines[["top", "right"]].set_visible(False)
-    if name == "mixture":
-        panel.legend(fontsize=7, frameon=False)
     if name == "Gaussian":
         panel.set_ylabel("relative squared error of the score")
 
