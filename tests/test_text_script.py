@@ -138,6 +138,9 @@ def test_smoke(minilm, tmp_path, monkeypatch, capsys):
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["auroc energy"] <= 1
     assert capsys.readouterr().out.count("| method | accuracy | NLL") == 2 + 5
+    traces = json.loads((tmp_path / "text-kernel.json").read_text())["rows"]
+    assert len(traces) == 25 + 20
+    assert all(row["trace"] > 0 for row in traces)
     with pytest.raises(ValueError, match="made with another num_inputs"):
         text.main([*options, "--num-inputs", "7"])
     sys.modules.pop("text")
