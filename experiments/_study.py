@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 
 NETWORKS = {f"resnet{depth}": f"ResNet-{depth}" for depth in RESNET_DEPTHS}
 ENSEMBLE = "ensemble"
+NUM_TEST = 10_000
+"""Test images of CIFAR-10."""
 SCALING, OURS = "temperature scaling", ("ELLA, NeuralEF", "ELLA, NeuralEF, factor")
 PAPER = "ELLA, Nyström k = 20, as in the paper"
 
@@ -92,10 +94,14 @@ class Study:
         """In order of appearance, on any network."""
         return list(dict.fromkeys(row["method"] for row in self.rows(measure)))
 
+    def settings(self) -> dict[str, Any]:
+        """The command line of the first network's run."""
+        return self._file("calibration", self.networks()[0])["settings"]
+
     def line(self) -> str:
         """What was run, and where."""
-        results = self._file("calibration", self.networks()[0])
-        sizes, machine = results["settings"], results["environment"]
+        machine = self._file("calibration", self.networks()[0])["environment"]
+        sizes = self.settings()
         where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
         return (
             f"Seeds {sizes['first_seed']} to {sizes['first_seed'] + sizes['seeds'] - 1}; "
@@ -158,7 +164,7 @@ def grid(
 
 
 def protocol(study: Study, letter: str) -> str:
-    """NLL and ECE on each network; with the published figures for protocol A."""
+    """NLL and ECE on each network; beside protocol A on all test images, the published ones."""
     names = study.networks()
     wheres = [(key, name) for key in ("nll", "ece") for name in names]
     lines: dict[str, list[float | None]] = {}
@@ -174,7 +180,7 @@ def protocol(study: Study, letter: str) -> str:
             nll, ece = (study.mean("calibration", key, **where) for key in ("nll", "ece"))
             blank = [None] * (len(names) - 1)
             lines[f"ensemble of the four{title}"] = [*blank, nll, *blank, ece]
-    if letter == "A":
+    if letter == "A" and study.settings()["num_test"] == NUM_TEST:
         order = list(NETWORKS)
         for title, both in PUBLISHED.items():
             lines[title] = [part[order.index(name)] for part in both for name in names]

@@ -23,7 +23,7 @@ def study(monkeypatch):
 def results(study, tmp_path):
     """Two networks and the ensemble. NLL is .3, .2, .19, .18 by method, less on the second net."""
     sizes = ("seeds", "num_test", "fit_on", "fit_slow_on", "num_inputs")
-    settings = {"first_seed": 0, **dict.fromkeys(sizes, 2)}
+    settings = {"first_seed": 0, **dict.fromkeys(sizes, 2), "num_test": 10_000}
     machine = {"torch": "2", "gpu": None, "cpus": 2, "threads": 1}
 
     def write(measure, name, rows):
@@ -72,6 +72,14 @@ def test_protocol_a_has_the_published_figures_and_the_ensemble_as_references(stu
     assert table["ensemble of the four"]["NLL, ResNet-20"] == "–"
     assert table["ensemble of the four, temperature scaling"]["NLL, ResNet-32"] == "0.1010"
     assert not any("published" in key for key in cells(study.TABLES["protocol-b"](results)))
+
+
+def test_published_figures_are_not_set_beside_other_images(study, results):
+    path = results.folder / "calibration-resnet20.json"
+    content = json.loads(path.read_text())
+    content["settings"]["num_test"] = 2000
+    path.write_text(json.dumps(content))
+    assert "published" not in study.TABLES["protocol-a"](results)
 
 
 def test_means_are_over_networks_without_the_ensemble(study, results):
