@@ -77,7 +77,7 @@ class Study:
         """Of all networks, in their order."""
         return [row for name in self._names(measure) for row in self._file(measure, name)["rows"]]
 
-    def mean(self, measure: str, key: str, **where: str) -> float | None:
+    def mean(self, measure: str, key: str, **where: str | int) -> float | None:
         """Mean of an entry over the rows that have these values, and over lists in it."""
         found = [
             statistics.fmean(row[key]) if isinstance(row[key], list) else row[key]
@@ -174,12 +174,12 @@ def protocol(study: Study, letter: str) -> str:
             study.mean("calibration", key, arch=name, **where) for key, name in wheres
         ]
     rivals = set(lines)
-    if study.mean("calibration", "nll", arch=ENSEMBLE) is not None:
-        for title, method in (("", "MAP"), (f", {SCALING}", SCALING)):
-            where = {"arch": ENSEMBLE, "method": method, "protocol": letter}
-            nll, ece = (study.mean("calibration", key, **where) for key in ("nll", "ece"))
-            blank = [None] * (len(names) - 1)
-            lines[f"ensemble of the four{title}"] = [*blank, nll, *blank, ece]
+    for title, ensemble in _ensembles(study, "calibration"):
+        nll, ece = (
+            study.mean("calibration", key, protocol=letter, **ensemble) for key in ("nll", "ece")
+        )
+        blank = [None] * (len(names) - 1)
+        lines[title] = [*blank, nll, *blank, ece]
     if letter == "A" and study.settings()["num_test"] == NUM_TEST:
         order = list(NETWORKS)
         for title, both in PUBLISHED.items():
@@ -217,8 +217,15 @@ def detection(study: Study) -> str:
             for source in sources
         ]
         lines[method] = [*values, statistics.fmean(v for v in values if v is not None)]
+    for title, where in _ensembles(study, "ood"):
+        values = [
+            study.mean("ood", "auroc", source=source, score="entropy", **where)
+            for source in sources
+        ]
+        lines[title] = [*values, statistics.fmean(v for v in values if v is not None)]
     count = len(sources) + 1
-    return grid("method", [*sources, "mean"], lines, ["{:.4f}"] * count, [max] * count)
+    references = lines.keys() - set(study.methods("ood"))
+    return grid("method", [*sources, "mean"], lines, ["{:.4f}"] * count, [max] * count, references)
 
 
 def detection_by_score(study: Study) -> str:
@@ -246,8 +253,15 @@ def shift(study: Study) -> str:
             for key in ("nll", "ece")
             for severity in range(1, 6)
         ]
+    for title, where in _ensembles(study, "shift"):
+        lines[title] = [
+            study.mean("shift", key, severity=severity, **where)
+            for key in ("nll", "ece")
+            for severity in range(1, 6)
+        ]
     columns = [f"{title}, severity {i}" for title in ("NLL", "ECE") for i in range(1, 6)]
-    return grid("method", columns, lines, ["{:.4f}"] * 10, [min] * 10)
+    references = lines.keys() - set(study.methods("shift"))
+    return grid("method", columns, lines, ["{:.4f}"] * 10, [min] * 10, references)
 
 
 def shift_by_corruption(study: Study) -> str:
@@ -405,6 +419,13 @@ def _shift_goals(study: Study) -> Iterable[tuple[str, str, str, bool]]:
             f"{len(below)}",
             len(below) == len(kinds),
         )
+
+
+def _ensembles(study: Study, measure: str) -> Iterable[tuple[str, dict[str, str]]]:
+    """Names of the ensembles and where their rows are: references, at the cost of all networks."""
+    if any(row["arch"] == ENSEMBLE for row in study.rows(measure)):
+        yield "ensemble of the four", {"arch": ENSEMBLE, "method": "MAP"}
+        yield f"ensemble of the four, {SCALING}", {"arch": ENSEMBLE, "method": SCALING}
 
 
 def _over_networks(study: Study, measure: str, key: str, **where: Any) -> float | None:  # noqa: ANN401
