@@ -105,7 +105,8 @@ class Predictor(ABC):
         """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation NLL.
 
         The inputs are evaluated once; the search works on the cached result. MAP and temperature
-        scaling are inside it, so on these data the result is never worse than either.
+        scaling are inside it, so on these data the result is never worse than either. A method
+        that has nothing to choose, the MAP, stays as it is.
 
         Args:
             val_loader: Data that the classifier was **not** trained on; on training data it is
@@ -120,6 +121,8 @@ class Predictor(ABC):
             ValueError: If a batch or a label is bad.
         """
         fitted = self._require_fitted()
+        if not self._tunable:
+            return self
         evaluation, y = self._evaluate_loader(val_loader, labels=True)
         logits = cast(Tensor, evaluation[0])
         score: Score
@@ -215,6 +218,11 @@ class Predictor(ABC):
         parts = [uncertainty(g, n_samples, self.seed) for g in self._gaussians(x)]
         names = [field.name for field in fields(Uncertainty)]
         return Uncertainty(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+
+    @property
+    def _tunable(self) -> bool:
+        """Whether there is anything to choose."""
+        return True
 
     def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
         """The grid of prior precisions; as δ → ∞ the posterior variance is the prior's, κ/δ."""
@@ -313,6 +321,10 @@ class Evaluated(Predictor):
         self, evaluation: tuple[Tensor | None, ...], prior_precision: float
     ) -> LogitGaussian:
         return self.method._gaussian(evaluation, prior_precision)
+
+    @property
+    def _tunable(self) -> bool:
+        return self.method._tunable
 
     def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
         return self.method._precisions(evaluation)

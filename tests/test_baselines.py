@@ -416,3 +416,12 @@ def test_missing_extra_is_named(monkeypatch, missing):
     with pytest.raises(ImportError, match=r'pip install "ella\[baselines\]"'):
         LastLayerLaplace(model).fit(loader)
     assert MAP(model).fit(loader).state_bytes == 0
+
+
+def test_a_map_stays_a_map_when_it_is_evaluated_once():
+    model, loader = make_case(mlp, (4,))
+    x, y = make_data((4,), 200, seed=3)
+    known = MAP(model, progress=False).fit(loader).evaluated([(x, y)])
+    rows = torch.arange(200)
+    before = known.predict_proba(rows)
+    assert torch.equal(known.calibrate([(rows, y)]).predict_proba(rows), before)

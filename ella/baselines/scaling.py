@@ -87,6 +87,8 @@ class _Deterministic(Predictor):
 class MAP(_Deterministic):
     """The trained model as it is: softmax of its logits, or N(f(x), σ²) for regression.
 
+    It has nothing to choose: `calibrate` does nothing, and does not read its data.
+
     Args:
         model: Maps x to logits (n, c).
         likelihood: "classification" or "regression".
@@ -95,16 +97,9 @@ class MAP(_Deterministic):
         progress: Whether to show progress bars.
     """
 
-    def calibrate(
-        self, val_loader: Iterable[Any], *, link: str = "mc", n_samples: int = 64
-    ) -> "Self":
-        """Do nothing: a MAP has nothing to choose. The data are not read.
-
-        Raises:
-            NotFittedError: Before `fit`.
-        """
-        self._require_fitted()
-        return self
+    @property
+    def _tunable(self) -> bool:
+        return False
 
 
 class TemperatureScaling(_Deterministic):

@@ -75,26 +75,35 @@ class Nystrom:
     def _sample_rows(
         self, linearized: Linearized, loader: Iterable[Any], seed: int, progress: bool
     ) -> Tensor:
-        """J_m, shape (m, p)."""
+        """J_m, shape (m, p), written part by part into its place: never a second copy."""
         generator = torch.Generator().manual_seed(seed)
-        rows: list[Tensor] = []
-        seen = 0
-        bar = tqdm(total=self.subsample, desc="row gradients", disable=not progress, leave=False)
-        for x, _ in batches(loader, linearized.device):
-            n = min(num_examples(x), self.subsample - seen)
-            c = linearized.num_outputs(x)
-            self._check_memory(linearized, (seen + n) * (c if self.outputs == "all" else 1))
-            part = take(x, slice(n))
+        parts = self._first_inputs(linearized, loader)
+        rows_each = linearized.num_outputs(parts[0]) if self.outputs == "all" else 1
+        m = rows_each * sum(num_examples(x) for x in parts)
+        self._check_memory(linearized, m)
+        shape = (m, linearized.num_parameters)
+        rows = torch.empty(shape, dtype=linearized.dtype, device=linearized.device)
+        end = 0
+        for x in tqdm(parts, desc="row gradients", disable=not progress, leave=False):
+            start, end = end, end + rows_each * num_examples(x)
             if self.outputs == "all":
-                rows.append(linearized.jacobian(part).flatten(0, 1))
+                rows[start:end] = linearized.jacobian(x).flatten(0, 1)
             else:
-                chosen = torch.randint(c, (n,), generator=generator).to(linearized.device)
-                rows.append(linearized.row_gradients(part, chosen))
-            bar.update(n)
-            if (seen := seen + n) >= self.subsample:
+                c = linearized.num_outputs(x)
+                chosen = torch.randint(c, (num_examples(x),), generator=generator)
+                rows[start:end] = linearized.row_gradients(x, chosen.to(linearized.device))
+        return rows
+
+    def _first_inputs(self, linearized: Linearized, loader: Iterable[Any]) -> list[Inputs]:
+        """The first `subsample` inputs, or all of them, in batches."""
+        parts: list[Inputs] = []
+        missing = self.subsample
+        for x, _ in batches(loader, linearized.device):
+            parts.append(take(x, slice(missing)))
+            missing -= num_examples(parts[-1])
+            if missing <= 0:
                 break
-        bar.close()
-        return torch.cat(rows)
+        return parts
 
     @staticmethod
     def _check_memory(linearized: Linearized, m: int) -> None:
