@@ -73,6 +73,10 @@ COLUMNS = (
     Column("predict_ratio", "predict × MAP", ".2f", spread=False),
     Column("state_bytes", "state bytes", ",.0f", spread=False),
 )
+TEXT_KERNEL_COLUMNS = (
+    Column("tokens", "tokens", ".1f"),
+    Column("trace", "tr κ(x, x)", ",.0f"),
+)
 FIDELITY_COLUMNS = (
     Column("energy", "energy", ".3f", "max"),
     Column("kernel_error", "kernel error", ".3f", "min"),

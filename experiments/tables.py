@@ -12,15 +12,17 @@ the CIFAR-10 study in that folder, whose figures are drawn anew, too.
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
     COST_COLUMNS,
     FIDELITY_COLUMNS,
     SHIFT_COLUMNS,
+    TEXT_KERNEL_COLUMNS,
     load_results,
     markdown_table,
 )
@@ -33,6 +35,8 @@ FIGURE_METHODS = (
     "ELLA, NeuralEF",
     "ELLA, NeuralEF, factor",
 )
+WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {"uci": uci_table, "toy": toy_table}
+"""Tables that are not one row for each method."""
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", SPECTRAL / "README.md")
@@ -87,6 +91,10 @@ def table(name: str) -> str:
         study = Study(EXPERIMENTS / "results" / folder)
         return f"{TABLES[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
+    machine = results["environment"]
+    where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
+    if name in WIDE:
+        return f"{WIDE[name](results)}\n\nTorch {machine['torch']}; {where}.\n"
     columns, by = COLUMNS, "method"
     if name.startswith("eigenfunctions"):
         columns = FIDELITY_COLUMNS
@@ -94,10 +102,11 @@ def table(name: str) -> str:
         columns, by = SHIFT_COLUMNS, "corruption"
     elif name.startswith("cost"):
         columns = COST_COLUMNS
-    rows, machine = results["rows"], results["environment"]
+    elif name == "text-kernel":
+        columns = TEXT_KERNEL_COLUMNS
+    rows = results["rows"]
     seeds = sorted({row["seed"] for row in rows if "seed" in row})
     drawn = "one seed" if len(seeds) < 2 else f"seeds {seeds[0]} to {seeds[-1]}"
-    where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
     what = "Mean ± standard deviation; " if len(seeds) > 1 else ""
     ran = f"{what}{drawn}; torch {machine['torch']}; {where}"
     return f"{markdown_table(rows, columns, by)}\n\n{ran[0].upper()}{ran[1:]}.\n"
