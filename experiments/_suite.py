@@ -281,13 +281,14 @@ class Unit:
         return fitted, {"fit_seconds": seconds, "fit_bytes": peak}
 
     def _cost(self, fitted: Predictor, data: Data, device: str) -> dict[str, Any]:
-        batch = data.test.x[:256].to(device)
+        slow = self.family.slow
+        batch = data.test.x[: 64 if slow else 256].to(device)
         model = self.network.model
         with torch.no_grad(), self.network.closed():
             ratio = forward_ratio(
                 lambda: fitted.predict_proba(batch, n_samples=64),
                 lambda: model(batch),
-                repeats=2 if self.family.slow else 5,
+                repeats=2 if slow else 5,
             )
         return {"predict_ratio": ratio, "state_bytes": fitted.state_bytes}
 
