@@ -467,8 +467,8 @@ def _chosen_families(args: argparse.Namespace, name: str) -> list[Family]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for rows to be comparable, with the rest of the command line."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    """The command line, without the folders of one machine."""
+    return {name: v for name, v in vars(args).items() if name not in ("kept", "out", "root")}
 
 
 def _stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
