@@ -1,13 +1,13 @@
 """Likelihoods and the k×k Gauss-Newton matrix G, summed over data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ella._checks import check_class_labels, check_real_targets
+from ella._checks import Inputs, batches, check_class_labels, check_real_targets
 
 
 class Likelihood(Protocol):
@@ -135,3 +135,27 @@ def accumulate_curvature(
     if total is None:
         raise ValueError("No data: expected at least one batch.")
     return total
+
+
+def noise_variance_of(
+    outputs: Callable[[Inputs], Tensor], loader: Iterable[Any], device: torch.device
+) -> float:
+    """σ² of a Gaussian likelihood: the mean square of the residuals.
+
+    Args:
+        outputs: f, from inputs to (n, c).
+        loader: Training data.
+        device: Where the model is.
+
+    Raises:
+        TypeError: If a batch or the targets have the wrong form.
+        ValueError: If a batch or a target is bad.
+    """
+    total, count = 0.0, 0
+    for x, y in batches(loader, device):
+        predicted = outputs(x).double()
+        error = predicted - check_real_targets(cast(Tensor, y), predicted.shape[1])
+        total += error.square().sum().item()
+        count += error.numel()
+    # A model that interpolates its data leaves nothing, but a density needs a width.
+    return max(total / count, torch.finfo(torch.float32).eps)

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ella._checks import Inputs, batches, check_choice, check_positive
-from ella.curvature import Curvature, Gaussian, Likelihood, Softmax, accumulate_curvature
+from ella.curvature import (
+    Curvature,
+    Gaussian,
+    Likelihood,
+    Softmax,
+    accumulate_curvature,
+    noise_variance_of,
+)
 from ella.eigenfunctions import (
     EigenfunctionMethod,
     Eigenfunctions,
@@ -323,13 +330,7 @@ class ELLA(Predictor):
         """The likelihood; for regression with σ² from the training residuals if not given."""
         if self.likelihood == "classification" or self.noise_variance is not None:
             return self._make_likelihood(self.noise_variance or 1.0)
-        total, count = 0.0, 0
-        for x, y in batches(loader, self._device):
-            outputs = self.linearized(x)
-            error = outputs - Gaussian().check(cast(Tensor, y), outputs.shape[1])
-            total += error.double().square().sum().item()
-            count += error.numel()
-        return Gaussian(max(total / count, torch.finfo(torch.float32).eps))
+        return Gaussian(noise_variance_of(self.linearized, loader, self._device))
 
     def _fitted(self) -> _Fit:
         self._require_fitted()

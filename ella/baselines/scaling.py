@@ -14,7 +14,8 @@ from ella._checks import (
     check_inputs,
     check_real_targets,
 )
-from ella.baselines._regression import check_noise_variance, noise_variance_of
+from ella.baselines._regression import check_noise_variance
+from ella.curvature import noise_variance_of
 from ella.predictive import LogitGaussian
 from ella.predictor import Hyperparameters, Predictor
 
