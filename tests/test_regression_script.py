@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,8 @@ from torch.utils.data import TensorDataset
 
 from ella import ELLA, Nystrom
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SETTINGS = {"likelihood": "regression", "progress": False}
 NOISE_VARIANCE, PRECISION = 0.04, 0.3
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a script of the folder, and forget it afterwards."""
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    loaded = []
-
-    def load_script(name):
-        loaded.append(name)
-        return __import__(name)
-
-    yield load_script
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 def data_folder():

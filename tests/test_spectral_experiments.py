@@ -2,29 +2,9 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parent.parent / "experiments" / "spectral"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a script of the folder, and forget it afterwards."""
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    monkeypatch.syspath_prepend(FOLDER)
-    loaded = []
-
-    def load_script(name):
-        loaded.append(name)
-        return __import__(name)
-
-    yield load_script
-    for name in loaded:
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("truth", ["gaussian_rbf", "uniform_polynomial"])
