@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _report import IN_COLOR, OUT_COLOR
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from _report import IN_COLOR, OUT_COLOR, new_figure
 from torch import Tensor
 
 from ella.eigenfunctions import Features
@@ -78,8 +76,7 @@ def plot_fidelity(kernel: ExactKernel, features: Mapping[str, Features], path: P
         features: At the same inputs, by method; the last one is in the right panel.
         path: Where to write; the suffix decides the format.
     """
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.4, 3.4)
     left, right = figure.subplots(1, 2)
     n = len(kernel.blocks)
     shown = 2 * max(each.phi.shape[2] for each in features.values())

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,6 +141,32 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 
 
+def earlier_rows(
+    path: Path, settings: Mapping[str, Any], compared: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Rows of an earlier run, to go on with; none if there was none.
+
+    Args:
+        path: Its result file.
+        settings: Those of this run.
+        compared: The settings that must be the same for rows to stand in one file.
+
+    Raises:
+        ValueError: If one of them differs.
+    """
+    if not path.exists():
+        return []
+    results = load_results(path)
+    then = results["settings"]
+    changed = [name for name in compared if settings[name] != then.get(name)]
+    if changed:
+        raise ValueError(
+            f"{path} was made with another {', '.join(changed)}. Give the same options to go on "
+            f"with it, or another --out to start anew."
+        )
+    return results["rows"]
+
+
 def summarize(rows: Sequence[Row], by: str = "method") -> dict[str, dict[str, Summary]]:
     """Mean and standard deviation over seeds of every numeric entry, for each method.
 
@@ -203,6 +229,13 @@ def timed(function: Callable[[], T], device: torch.device | str | None = None) -
     result = function()
     _synchronize(device)
     return result, time.perf_counter() - start
+
+
+def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
+    """A result and its CPU seconds, which a busy machine does not change much."""
+    start = time.process_time()
+    result = function()
+    return result, time.process_time() - start
 
 
 def seconds(
@@ -298,6 +331,13 @@ def forward_ratio(
     return statistics.median(ratios)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that belongs to nobody's pyplot state: nothing global to set or to close."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def plot_uncertainty(
     scores_in: Mapping[str, Tensor],
     scores_out: Mapping[str, Tensor],
@@ -324,9 +364,7 @@ def plot_uncertainty(
             f"{list(scores_in)} and {list(scores_out)}."
         )
     edges = _shared_edges([*scores_in.values(), *scores_out.values()], bins)
-    # A Figure of its own, not pyplot's: nothing global to set or to close.
-    figure = Figure(figsize=(2.8 * len(scores_in) + 0.4, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.8 * len(scores_in) + 0.4, 2.6)
     panels = figure.subplots(1, len(scores_in), sharex=True, squeeze=False)[0]
     for panel, method in zip(panels, scores_in, strict=True):
         _histograms(panel, scores_in[method], scores_out[method], edges)

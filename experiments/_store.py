@@ -9,16 +9,16 @@ it, so shared work is not mistaken for cheap work.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from _posterior import reduced
-from _report import PeakMemory
+from _report import PeakMemory, cpu_timed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,8 +30,6 @@ from ella.eigenfunctions.nystrom import JacobianProjection
 from ella.eigenfunctions.sample import KernelSample
 from ella.features import FeatureTaps, Tap, hooked
 from ella.linearize import Linearized
-
-PEAK = "peak_bytes"
 
 
 @dataclass
@@ -51,13 +49,17 @@ class Store:
     open: bool = True
 
     def get(
-        self, name: str, make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+        self,
+        name: str,
+        make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+        memory: PeakMemory | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able settings of that name, made and kept if they are not there.
 
         Args:
             name: Tells it from all others of this network.
-            make: Computes both; the memory that it took, if it counts, is the setting `PEAK`.
+            make: Computes both.
+            memory: Watches what it takes, where that counts.
         """
         if not self.open:
             return make()
@@ -69,10 +71,9 @@ class Store:
             self.seconds += kept["seconds"]
             self.bytes = max(self.bytes, kept["bytes"])
             return tensors, kept["settings"]
-        start = time.process_time()
-        tensors, settings = make()
-        seconds = time.process_time() - start
-        cost = {"seconds": seconds, "bytes": settings.pop(PEAK, 0)}
+        with memory or nullcontext():
+            (tensors, settings), seconds = cpu_timed(make)
+        cost = {"seconds": seconds, "bytes": memory.bytes if memory else 0}
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"kept": json.dumps({**cost, "settings": settings})}
@@ -115,13 +116,12 @@ class SampledOnce:
         """See `EigenfunctionMethod.fit`."""
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            with PeakMemory("cpu") as memory:
-                sample = self.method.sample(linearized, loader, seed=seed, progress=progress)
-            tensors, settings = _unpacked(sample)
-            return tensors, {**settings, PEAK: memory.bytes}
+            sample = self.method.sample(linearized, loader, seed=seed, progress=progress)
+            return _unpacked(sample)
 
         options = (self.method.num_inputs, self.method.num_directions, seed)
-        tensors, settings = self.store.get("sample-{}-{}-{}".format(*options), make)
+        name = "sample-{}-{}-{}".format(*options)
+        tensors, settings = self.store.get(name, make, PeakMemory("cpu"))
         sample = _packed(linearized, tensors, settings, self.store)
         return self.method.learn(sample, residual=residual, seed=seed, progress=progress)
 
@@ -221,14 +221,14 @@ class ProjectedOnce:
         """See `EigenfunctionMethod.fit`."""
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            with PeakMemory("cpu") as memory:
-                fitted = self.method.fit(
-                    linearized, loader, residual="exact", seed=seed, progress=progress
-                )
-            return fitted.tensors(), {PEAK: memory.bytes}
+            fitted = self.method.fit(
+                linearized, loader, residual="exact", seed=seed, progress=progress
+            )
+            return fitted.tensors(), {}
 
         name = f"directions-{self.method.subsample}-{seed}"
-        directions = self.store.get(name, make)[0]["directions"].to(linearized.device)
+        kept, _ = self.store.get(name, make, PeakMemory("cpu"))
+        directions = kept["directions"].to(linearized.device)
         whole = JacobianProjection(linearized, directions, "exact")
         return KeptProjection(whole, self.rank, residual, self.store)
 
@@ -242,17 +242,17 @@ class KeptProjection:
         rank: k.
         residual: "diag", "exact" or "none".
         store: Where they are kept.
-        digest: Of the directions, part of the names of the files.
     """
 
     whole: JacobianProjection
     rank: int
     residual: str
     store: Store
-    digest: str = field(default="")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", _digest(self.whole.directions))
+    @cached_property
+    def digest(self) -> str:
+        """Of the directions, part of the names of the files."""
+        return _digest(self.whole.directions)
 
     def __call__(self, x: Tensor) -> Features:
         """Evaluate at n inputs."""

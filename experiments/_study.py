@@ -5,16 +5,13 @@ A table has the name of the folder of its results, a slash, and a key of `TABLES
 
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _models import RESNET_DEPTHS
-from _report import Row, load_results
+from _report import Row, load_results, new_figure
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 NETWORKS = {f"resnet{depth}": f"ResNet-{depth}" for depth in RESNET_DEPTHS}
 ENSEMBLE = "ensemble"
@@ -72,16 +69,24 @@ class Study:
     """
 
     folder: Path
+    _read: dict[str, list[Row]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def rows(self, measure: str) -> list[Row]:
-        """Of all networks, in their order."""
-        return [row for name in self._names(measure) for row in self._file(measure, name)["rows"]]
+        """Of all networks, in their order; each file is read once."""
+        if measure not in self._read:
+            names = self._names(measure)
+            self._read[measure] = [
+                row for name in names for row in self._file(measure, name)["rows"]
+            ]
+        return self._read[measure]
 
     def mean(self, measure: str, key: str, **where: str | int) -> float | None:
         """Mean of an entry over the rows that have these values, and over lists in it."""
         found = [
             statistics.fmean(row[key]) if isinstance(row[key], list) else row[key]
-            for row in self._indexed(measure)
+            for row in self.rows(measure)
             if all(row.get(name) == value for name, value in where.items())
         ]
         return statistics.fmean(found) if found else None
@@ -109,15 +114,6 @@ class Study:
             f"({sizes['fit_slow_on']:,} for exact products), {sizes['num_inputs']:,} images for "
             f"NeuralEF; torch {machine['torch']}; {where}."
         )
-
-    def _indexed(self, measure: str) -> list[Row]:
-        if measure not in self._loaded:
-            self._loaded[measure] = self.rows(measure)
-        return self._loaded[measure]
-
-    @cached_property
-    def _loaded(self) -> dict[str, list[Row]]:
-        return {}
 
     def _names(self, measure: str) -> list[str]:
         order = [*NETWORKS, ENSEMBLE]
@@ -460,7 +456,7 @@ def draw(study: Study, shown: Sequence[str]) -> None:
         return
     colors = {method: f"C{i}" for i, method in enumerate(shown)}
     if study.networks("shift"):
-        figure = _figure(9, 3.6)
+        figure = new_figure(9, 3.6)
         for panel, (key, title) in zip(
             figure.subplots(1, 2), (("nll", "NLL"), ("ece", "ECE")), strict=True
         ):
@@ -473,7 +469,7 @@ def draw(study: Study, shown: Sequence[str]) -> None:
             fontsize=7,
         )
         figure.savefig(study.folder / "shift.png", dpi=130)
-    figure = _figure(2.6 * len(study.networks()) + 1, 2.8)
+    figure = new_figure(2.6 * len(study.networks()) + 1, 2.8)
     panels = figure.subplots(1, len(study.networks()), squeeze=False)[0]
     for panel, name in zip(panels, study.networks(), strict=True):
         for method, color in colors.items():
@@ -519,9 +515,3 @@ def _boxes(panel: Axes, study: Study, key: str, colors: Mapping[str, str]) -> No
         )
     panel.set_xticks(range(1, 6), [str(i) for i in range(1, 6)])
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -11,7 +11,6 @@ seed, and tests on all test images. Protocol B tunes on 2,000 test images and te
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ import torch
 from _corruptions import CORRUPTIONS
 from _images import Data
 from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
-from _report import PeakMemory, forward_ratio, load_results, save_results
+from _report import PeakMemory, cpu_timed, earlier_rows, forward_ratio, save_results
 from _store import KeptBody, ProjectedOnce, SampledOnce, Store
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -271,10 +270,8 @@ class Unit:
         """CPU seconds and memory of the fit, with those of what was read from the stores."""
         for store in self.network.stores:
             store.seconds = store.bytes = 0.0
-        start = time.process_time()
         with PeakMemory("cpu") as memory:
-            fitted = self.family.make(self.network).fit(loader)
-        seconds = time.process_time() - start
+            fitted, seconds = cpu_timed(lambda: self.family.make(self.network).fit(loader))
         peak = memory.bytes
         for store in self.network.stores:
             seconds, peak = seconds + store.seconds, max(peak, store.bytes)
@@ -439,7 +436,8 @@ def run_suite(args: argparse.Namespace, measures: Iterable[str] = MEASURES) -> N
     sizes = {"calibration": args.num_test, "ood": args.num_ood, "shift": args.num_shift}
     for name in args.archs:
         paths = {m: args.out / f"{m}-{name}.json" for m in measures if sizes[m]}
-        found = {measure: _stored(path, args) for measure, path in paths.items()}
+        compared = (*SIZES, "seeds", "first_seed")
+        found = {m: earlier_rows(path, settings(args), compared) for m, path in paths.items()}
         network = Network.published(name, data.root, args.kept or args.out / "kept", args.device)
         for family in tqdm(_chosen_families(args, name), desc=name):
             missing = [
@@ -469,25 +467,6 @@ def _chosen_families(args: argparse.Namespace, name: str) -> list[Family]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The command line, without the folders of one machine."""
     return {name: v for name, v in vars(args).items() if name not in ("kept", "out", "root")}
-
-
-def _stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier run.
-
-    Raises:
-        ValueError: If it was run with other sizes.
-    """
-    if not path.exists():
-        return []
-    results = load_results(path)
-    now, then = settings(args), results["settings"]
-    changed = [key for key in (*SIZES, "seeds", "first_seed") if now[key] != then.get(key)]
-    if changed:
-        raise ValueError(
-            f"{path} was made with another {', '.join(changed)}. Give the same options to go on "
-            f"with it, or another --out to start anew."
-        )
-    return results["rows"]
 
 
 def _seeded(seed: int) -> torch.Generator:

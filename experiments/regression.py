@@ -17,13 +17,12 @@ definition; at two δ, that of `fit` (prior standard deviation 1) and that of ma
 
 import argparse
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +45,8 @@ from _regression import (
     uci_table,
     uci_task,
 )
-from _report import IN_COLOR, OUT_COLOR, load_results, save_results
+from _report import IN_COLOR, OUT_COLOR, cpu_timed, load_results, new_figure, save_results
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -60,7 +57,6 @@ from ella.baselines import MAP, KroneckerLaplace, LastLayerLaplace, TemperatureS
 from ella.eigenfunctions import Augmentation
 
 Make = Callable[[nn.Module], Predictor]
-T = TypeVar("T")
 LIKELIHOOD: dict[str, Any] = {"likelihood": "regression", "progress": False}
 
 # Learning rate between .03 and .1, of which each had the lower validation RMSE on some sets.
@@ -87,13 +83,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on, for the result file."""
     return {key: value for key, value in vars(args).items() if key not in ("root", "out")}
-
-
-def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
-    """A result and its CPU seconds, which a busy machine does not change much."""
-    start = time.process_time()
-    result = function()
-    return result, time.process_time() - start
 
 
 # --- UCI --------------------------------------------------------------------------------------
@@ -387,9 +376,7 @@ def plot_curves(curves: dict[str, Curves], path: Path) -> None:
     """A row of panels for each of the curves: bands of two standard deviations."""
     first = next(iter(curves.values())).found
     shown = [name for name in first if "k = 5" in name or "k =" not in name]
-    size = (2.1 * len(shown), 2.2 * len(curves))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.1 * len(shown), 2.2 * len(curves))
     panels = figure.subplots(len(curves), len(shown), sharex="row", sharey="row", squeeze=False)
     for row, (title, each) in zip(panels, curves.items(), strict=True):
         for panel, name in zip(row, shown, strict=True):

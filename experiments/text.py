@@ -31,7 +31,7 @@ from _minilm import (
     tiny_transformer,
 )
 from _models import fine_tune
-from _report import forward_ratio, load_results, markdown_table, save_results
+from _report import earlier_rows, forward_ratio, markdown_table, save_results
 from _suite import SCORES, Tune, detection, keep, tune
 from calibration import ece_if_calibrated
 from safetensors.torch import load_file, save_file
@@ -247,32 +247,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**kept, "out": str(args.out), "num_val": NUM_VAL, **training, **sizes}
 
 
-def stored(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier run.
-
-    Raises:
-        ValueError: If it was run with other settings.
-    """
-    if not path.exists():
-        return []
-    results = load_results(path)
-    now, then = settings(args), results["settings"]
-    free = ("out", "seeds")
-    changed = [name for name in now if name not in free and now[name] != then.get(name)]
-    if changed:
-        raise ValueError(
-            f"{path} was made with another {', '.join(changed)}. Give the same options to go on "
-            f"with it, or another --out to start anew."
-        )
-    return results["rows"]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, writing after each method."""
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     path = args.out / "text.json"
-    rows = stored(path, args)
+    compared = [name for name in settings(args) if name not in ("out", "seeds")]
+    rows = earlier_rows(path, settings(args), compared)
     sizes = sizes_of(args)
     task = made_up_task(sizes) if args.smoke else load_task(args.root, sizes)
     model = make_classifier(args, task.train)

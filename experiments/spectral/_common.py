@@ -4,14 +4,12 @@ import argparse
 import importlib
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -19,11 +17,11 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent
 if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
     sys.path.append(str(EXPERIMENTS))
 
-from _report import Row, load_results, save_results  # noqa: E402
+from _report import Row, earlier_rows, save_results  # noqa: E402
+from _report import cpu_timed as cpu_timed  # noqa: E402 - for the scripts
+from _report import new_figure as new_figure  # noqa: E402 - for the scripts
 
 from ella.spectral import Kernel, Problem  # noqa: E402
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,11 +123,8 @@ class Ledger:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.path: Path = args.out / f"{name}.json"
         self.settings: dict[str, Any] = {**vars(args), "headline": None}
-        self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            stored = load_results(self.path)
-            self._check_same(stored["settings"])
-            self.rows = stored["rows"]
+        compared = [name for name in self.settings if name not in self.FREE]
+        self.rows = earlier_rows(self.path, self.settings, compared)
 
     def __contains__(self, unit: tuple[int, str]) -> bool:
         """Whether there is a row of this seed whose method begins with this name."""
@@ -143,15 +138,6 @@ class Ledger:
         for row in rows:
             print(
                 {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True
-            )
-
-    def _check_same(self, stored: Row) -> None:
-        now = {key: value for key, value in self.settings.items() if key not in self.FREE}
-        changed = [key for key, value in now.items() if stored.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{self.path} was made with another {', '.join(changed)}. Give the same "
-                "options to go on with it, or another --out to start anew."
             )
 
 
@@ -197,13 +183,6 @@ def finish(
     print(f"{name}: {headline.metric} {headline.ours:.4g}, {headline.peer} {headline.theirs:.4g}")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to nobody's pyplot state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def needed(module: str) -> Any:  # noqa: ANN401
     """A module of a peer's package.
 
@@ -216,13 +195,6 @@ def needed(module: str) -> Any:  # noqa: ANN401
         raise ModuleNotFoundError(
             f"The peer needs {module.split('.')[0]}: pip install 'ella[spectral]'"
         ) from error
-
-
-def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
-    """A result and its CPU seconds, which a busy machine does not change much."""
-    start = time.process_time()
-    result = function()
-    return result, time.process_time() - start
 
 
 def largest_angle(left: Tensor, right: Tensor) -> float:
