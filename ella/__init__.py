@@ -5,10 +5,10 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ella._checks import NotFittedError
 from ella.calibrate import Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
 from ella.estimator import ELLA
+from ella.inputs import NotFittedError
 from ella.predictive import LogitGaussian, Uncertainty
 from ella.predictor import Hyperparameters, Predictor
 from ella.spectral import NestedLoRA, NeuralEFObjective, Training

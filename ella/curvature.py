@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ella._checks import Inputs, batches, check_class_labels, check_real_targets
+from ella.inputs import Inputs, batches, check_class_labels, check_real_targets
 
 
 class Likelihood(Protocol):

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, check_choice, check_positive
 from ella.curvature import (
     Curvature,
     Gaussian,
@@ -30,6 +29,7 @@ from ella.eigenfunctions import (
     Nystrom,
 )
 from ella.eigenfunctions.base import RESIDUALS
+from ella.inputs import Inputs, batches, check_choice, check_positive
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.posterior import GaussianPosterior
 from ella.predictive import LogitGaussian

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ella._checks import (
+from ella.inputs import (
     Inputs,
     check_inputs,
     input_tensors,

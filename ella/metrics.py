@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ella._checks import check_class_labels
+from ella.inputs import check_class_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,15 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ella._checks import (
-    Inputs,
-    NotFittedError,
-    batches,
-    check_choice,
-    check_class_labels,
-    check_inputs,
-    check_real_targets,
-)
 from ella.calibrate import (
     ClassificationScore,
     RegressionScore,
@@ -26,6 +17,15 @@ from ella.calibrate import (
     Tuning,
     precision_grid,
     search,
+)
+from ella.inputs import (
+    Inputs,
+    NotFittedError,
+    batches,
+    check_choice,
+    check_class_labels,
+    check_inputs,
+    check_real_targets,
 )
 from ella.predictive import LogitGaussian, Uncertainty, make_link, uncertainty
 

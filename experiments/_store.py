@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ella import NeuralEF, Nystrom
+from ella.activations import FeatureTaps, Tap, hooked
 from ella.eigenfunctions import Features
 from ella.eigenfunctions.neuralef import NeuralFeatures
 from ella.eigenfunctions.nystrom import JacobianProjection
 from ella.eigenfunctions.sample import KernelSample
-from ella.features import FeatureTaps, Tap, hooked
 from ella.linearize import Linearized
 
 

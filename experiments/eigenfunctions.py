@@ -43,8 +43,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ella import NestedLoRA, NeuralEF, NeuralEFObjective, Nystrom, Training
+from ella.activations import FeatureTaps, Tap
 from ella.eigenfunctions import Eigenfunctions, Features, KernelSample
-from ella.features import FeatureTaps, Tap
 from ella.linearize import Linearized
 from ella.metrics import expected_calibration_error, negative_log_likelihood
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ella._checks import NotFittedError
 from ella.baselines import (
     MAP,
     KroneckerLaplace,
@@ -17,6 +16,7 @@ from ella.baselines import (
     NystromLaplace,
     TemperatureScaling,
 )
+from ella.inputs import NotFittedError
 from ella.metrics import negative_log_likelihood
 
 PRECISIONS = (0.05, 1.0, 30.0)

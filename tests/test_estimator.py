@@ -414,7 +414,7 @@ def test_a_network_of_the_wrong_shape(setting, network, phase):
 def test_neural_eigenfunctions_stay_within_the_kernel(setting, objective, residual):
     method = neural(objective=objective, teacher=None, training=SHORT, augment=None)
     ella = setting.fit(method, residual=residual)
-    logits, phi, outside = ella.features(setting.test_x)
+    logits, phi, outside = ella.activations(setting.test_x)
     assert phi.shape == (7, CLASSES, 3)
     assert torch.equal(logits, ella.linearized(setting.test_x))
     if residual == "none":
@@ -489,7 +489,7 @@ def test_a_learned_factor_is_saved(setting, tmp_path):
     ella.save(tmp_path / "ella.safetensors")
     loaded = ELLA.load(tmp_path / "ella.safetensors", setting.model, progress=False)
     for one, two in zip(
-        ella.features(setting.test_x), loaded.features(setting.test_x), strict=True
+        ella.activations(setting.test_x), loaded.features(setting.test_x), strict=True
     ):
         assert torch.equal(one, two)
 
@@ -507,7 +507,7 @@ def test_neural_features_approach_the_kernel():
         rank=12, num_directions=24, num_inputs=400, width=64, teacher=Training(steps=600)
     )
     ella = setting.fit(method)
-    _, phi, outside = ella.features(setting.x)
+    _, phi, outside = ella.activations(setting.x)
     diagonal = ella.linearized.kernel_diagonal(setting.x)
     total = phi.square().sum(-1) + outside
     error = (total / diagonal).log().abs().mean()
@@ -674,7 +674,7 @@ def test_before_fit(setting, tmp_path):
         lambda: ella.logits(X),
         lambda: ella.sample_logits(X, 2),
         lambda: ella.uncertainty(X),
-        lambda: ella.features(X),
+        lambda: ella.activations(X),
         lambda: ella.calibrate(setting.loader),
         lambda: ella.partial_fit(setting.loader),
         lambda: ella.log_marginal_likelihood(),

@@ -231,7 +231,7 @@ def test_no_curvature_is_the_prior():
     dense = Dense("mlp")
     ella = dense.fit(residual="exact")
     zero = torch.zeros_like(ella.curvature)
-    features = ella.features(dense.test_x)
+    features = ella.activations(dense.test_x)
     posterior = type(ella._fit.posterior).from_curvature(zero)
     prior = posterior.gaussian(*features, prior_precision=0.5).covariance()
     assert_near(prior, 2 * dense.test_jacobian @ dense.test_jacobian.mT)
@@ -351,7 +351,7 @@ def test_residual_completes_the_kernel(name, method, budget):
             memory_budget=2**30,
         ).fit(loader_of(dense.x, dense.y))
         ella.linearized.memory_budget = budget
-        logits, phi, outside = ella.features(dense.test_x)
+        logits, phi, outside = ella.activations(dense.test_x)
         assert_near(logits, dense.test_logits, 1e-12)
         inside = phi @ phi.mT
         if residual == "none":
@@ -379,7 +379,7 @@ def test_last_layer_equals_the_dense_last_layer_block(name, bias):
     ggn = dense_ggn(jacobian, softmax_hessian(logits))
     _, test_jacobian = dense_jacobian(only, dense.test_x)
     ella = dense.fit(LastLayer(), residual="none")
-    _, phi, _ = ella.features(dense.test_x)
+    _, phi, _ = ella.activations(dense.test_x)
     assert_near(phi @ phi.mT, test_jacobian @ test_jacobian.mT, 1e-10)
     for precision in PRECISIONS:
         covariance = at(ella, precision).logits(dense.test_x)[1]

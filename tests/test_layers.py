@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "ella"
 ORDER = (
-    "_checks",
+    "inputs",
     "metrics",
     "spectral",
     "linearize",
-    "features",
+    "activations",
     "curvature",
     "predictive",
     "posterior",
@@ -61,13 +61,13 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("spectral", {"_checks"}),  # knows no classifier
-        ("metrics", {"_checks"}),
+        ("spectral", {"inputs"}),  # knows no classifier
+        ("metrics", {"inputs"}),
         # The k-dimensional half knows neither weights nor where φ came from.
-        ("curvature", {"_checks"}),
-        ("predictive", {"_checks"}),
-        ("posterior", {"_checks", "predictive"}),
-        ("calibrate", {"_checks", "predictive"}),
+        ("curvature", {"inputs"}),
+        ("predictive", {"inputs"}),
+        ("posterior", {"inputs", "predictive"}),
+        ("calibrate", {"inputs", "predictive"}),
     ],
 )
 def test_the_halves_do_not_know_each_other(part, allowed):

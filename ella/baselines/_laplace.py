@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches, check_class_labels, check_positive, check_real_targets
 from ella.baselines._regression import check_noise_variance
 from ella.curvature import noise_variance_of
+from ella.inputs import Inputs, batches, check_class_labels, check_positive, check_real_targets
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictor import Hyperparameters, Predictor
 

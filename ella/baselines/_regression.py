@@ -1,6 +1,6 @@
 """What regression adds to the baselines: an argument to check."""
 
-from ella._checks import check_positive
+from ella.inputs import check_positive
 
 
 def check_noise_variance(likelihood: str, value: float | None) -> None:

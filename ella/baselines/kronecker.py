@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, take
 from ella.baselines._laplace import (
     Batches,
     LaplaceBaseline,
@@ -19,6 +18,7 @@ from ella.baselines._laplace import (
     require_tensor,
 )
 from ella.calibrate import precision_grid
+from ella.inputs import Inputs, take
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictive import LogitGaussian
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, check_choice, slices
+from ella.activations import hooked, last_linear
 from ella.baselines._laplace import Batches, LaplaceBaseline, fit_laplace, num_bytes
-from ella.features import hooked, last_linear
+from ella.inputs import Inputs, check_choice, slices
 from ella.linearize import Linearized
 from ella.predictive import LogitGaussian
 

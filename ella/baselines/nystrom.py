@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ella._checks import Inputs
 from ella.baselines._laplace import (
     LaplaceBaseline,
     fit_laplace,
@@ -16,6 +15,7 @@ from ella.baselines._laplace import (
     require_full_precision,
     require_tensor,
 )
+from ella.inputs import Inputs
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictive import LogitGaussian
 

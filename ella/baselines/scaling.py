@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import (
+from ella.baselines._regression import check_noise_variance
+from ella.curvature import noise_variance_of
+from ella.inputs import (
     Inputs,
     batches,
     check_class_labels,
     check_inputs,
     check_real_targets,
 )
-from ella.baselines._regression import check_noise_variance
-from ella.curvature import noise_variance_of
 from ella.predictive import LogitGaussian
 from ella.predictor import Hyperparameters, Predictor
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, map_inputs
+from ella.inputs import Inputs, map_inputs
 
 BLURRED = 0.2
 """Share of the images that are blurred."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ella._checks import Inputs, check_choice
+from ella.inputs import Inputs, check_choice
 from ella.linearize import Linearized
 
 RESIDUALS = ("diag", "exact", "factor", "none")

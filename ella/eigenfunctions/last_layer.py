@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, batches
+from ella.activations import FeatureTaps, Tap, last_linear
 from ella.eigenfunctions.base import Features, check_product_residual
-from ella.features import FeatureTaps, Tap, last_linear
+from ella.inputs import Inputs, batches
 from ella.linearize import Linearized
 
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import (
+from ella.activations import FeatureTaps, Tap, choose_taps
+from ella.eigenfunctions.augmentation import Augmentation, Perturb
+from ella.eigenfunctions.base import Features
+from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
+from ella.eigenfunctions.sample import KernelSample, sample_kernel
+from ella.inputs import (
     Inputs,
     batches,
     check_choice,
@@ -17,11 +22,6 @@ from ella._checks import (
     slices,
     take,
 )
-from ella.eigenfunctions.augmentation import Augmentation, Perturb
-from ella.eigenfunctions.base import Features
-from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
-from ella.eigenfunctions.sample import KernelSample, sample_kernel
-from ella.features import FeatureTaps, Tap, choose_taps
 from ella.linearize import Linearized
 from ella.spectral import (
     FeatureKernel,

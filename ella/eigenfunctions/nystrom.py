@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella._checks import Inputs, batches, check_choice, num_examples, take
 from ella.eigenfunctions.base import Features, check_product_residual
+from ella.inputs import Inputs, batches, check_choice, num_examples, take
 from ella.linearize import Linearized
 from ella.spectral.nystrom import leading_eigenpairs, row_gram
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella._checks import Inputs, num_examples, slices, take
-from ella.features import FeatureTaps
+from ella.activations import FeatureTaps
+from ella.inputs import Inputs, num_examples, slices, take
 from ella.linearize import Linearized
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 

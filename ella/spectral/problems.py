@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, num_examples, take
+from ella.inputs import Inputs, num_examples, take
 from ella.spectral.laplacian import Jet
 from ella.spectral.operators import Graph, KernelOperator
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ella import NeuralEF, Nystrom, Training
+from ella.activations import FeatureTaps, choose_taps
 from ella.eigenfunctions import EigenfunctionMethod, Features
-from ella.features import FeatureTaps, choose_taps
 from ella.linearize import Linearized
 
 OURS, PEER = "NeuralEF", "Nyström"

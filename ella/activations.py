@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella._checks import Inputs, attention_mask, take
+from ella.inputs import Inputs, attention_mask, take
 from ella.linearize import Linearized
 
 MAX_WIDTH = 2048

@@ -5,7 +5,7 @@ import torch
 from cases import make_case
 from torch import nn
 
-from ella.features import MAX_WIDTH, STATISTICS, FeatureTaps, Tap, choose_taps
+from ella.activations import MAX_WIDTH, STATISTICS, FeatureTaps, Tap, choose_taps
 from ella.linearize import Linearized
 
 
