@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap, choose_taps
+from ella.activations import FeatureTaps, choose_taps, restored_taps
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
-from ella.eigenfunctions.base import Features
 from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
 from ella.inputs import (
     Inputs,
-    batches,
     check_choice,
     concatenate,
+    labelled,
     num_examples,
     slices,
     take,
 )
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LogitGaussian
+from ella.saving import State
 from ella.spectral import (
     FeatureKernel,
     Moments,
@@ -75,6 +77,7 @@ class NeuralEF:
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
             as good or better wherever both were measured (experiments/README.md).
+        residual: "diag", "factor" (a learned c×r factor, nearer to the full blocks) or "none".
 
     Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),
     https://arxiv.org/abs/2205.00165
@@ -90,6 +93,7 @@ class NeuralEF:
     depth: int = 2
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
     training: Training | None = None
+    residual: str = "diag"
 
     def __post_init__(self) -> None:
         for name in ("rank", "num_inputs", "num_directions", "width"):
@@ -97,27 +101,21 @@ class NeuralEF:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
         if self.depth < 0:
             raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
+        check_residual(self.residual)
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
 
     def fit(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        *,
-        residual: str,
-        seed: int,
-        progress: bool,
+        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
     ) -> "NeuralFeatures":
         """See `EigenfunctionMethod.fit`.
 
         Raises:
-            ValueError: If `residual` is "exact", the data carry fewer than `rank` directions, or
-                `network` returns another shape.
+            ValueError: If the data carry fewer than `rank` directions, or `network` returns
+                another shape.
         """
-        check_residual(residual)
         sample = self.sample(linearized, loader, seed=seed, progress=progress)
-        return self.learn(sample, residual=residual, seed=seed, progress=progress)
+        return self.learn(sample, seed=seed, progress=progress)
 
     def sample(
         self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
@@ -132,24 +130,21 @@ class NeuralEF:
         return sample_kernel(
             linearized,
             inputs,
-            FeatureTaps(linearized, choose_taps(linearized, inputs)),
+            FeatureTaps(linearized.network, choose_taps(linearized.network, inputs)),
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
             progress=progress,
         )
 
-    def learn(
-        self, sample: KernelSample, *, residual: str, seed: int, progress: bool
-    ) -> "NeuralFeatures":
+    def learn(self, sample: KernelSample, *, seed: int, progress: bool) -> "NeuralFeatures":
         """The other half: train the networks. One sample serves many ranks and settings.
 
         Raises:
-            ValueError: If `residual` is "exact" or needs blocks that the sample lacks, the sample
-                spans fewer than `rank` directions, or `network` returns another shape.
+            ValueError: If `residual` needs blocks that the sample lacks, the sample spans fewer
+                than `rank` directions, or `network` returns another shape.
         """
-        check_residual(residual)
-        if residual == "factor" and sample.blocks is None:
+        if self.residual == "factor" and sample.blocks is None:
             raise ValueError(
                 'residual="factor" needs exact Jacobians, which are too dear for '
                 f'{sample.diagonal.shape[1]} outputs. Use residual="diag".'
@@ -169,7 +164,7 @@ class NeuralEF:
             train(network, problem, self.objective, self.training, **options)
         psi = evaluate(network, inputs)
         mixing = self._ritz(psi, sample)
-        learned = self._fit_residual(residual, sample, psi @ mixing, options)
+        learned = self._fit_residual(sample, psi @ mixing, options)
         return NeuralFeatures(
             sample.taps,
             network,
@@ -179,35 +174,36 @@ class NeuralEF:
         )
 
     def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+        self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
     ) -> "NeuralFeatures":
         """See `EigenfunctionMethod.restore`.
 
         Raises:
             ValueError: If the file was made with a network of the user's and none is given.
         """
-        taps = FeatureTaps(linearized, [Tap(**tap) for tap in settings["taps"]])
-        network: nn.Module
+        taps = FeatureTaps(network, restored_taps(state))
+        settings, tensors = state.settings, dict(state.tensors)
+        net: nn.Module
         if settings["reads_inputs"]:
             if self.network is None:
                 raise ValueError(
                     "The file holds weights of a custom eigen-network. Pass "
                     "`eigenfunctions=NeuralEF(network=...)` with the same module to load."
                 )
-            network = copy.deepcopy(self.network)
+            net = copy.deepcopy(self.network)
         else:
-            network = _rebuild(settings["network"])
+            net = _rebuild(settings["network"])
         residual = None
         if settings["residual"] is not None:
             kind = LEARNED[settings["residual"]["kind"]]
             residual = kind(_rebuild(settings["residual"]["network"]))
         like = tensors["mixing"]
-        for name, module in (("network", network), ("residual", residual)):
+        for name, module in (("network", net), ("residual", residual)):
             if module is not None:
                 # In the file's dtype first, so that no digit of the weights is lost.
                 module.to(like).load_state_dict(_with_prefix(tensors, f"{name}."))
                 module.eval().requires_grad_(False)
-        return NeuralFeatures(taps, network, like, residual, reads_inputs=settings["reads_inputs"])
+        return NeuralFeatures(taps, net, like, residual, reads_inputs=settings["reads_inputs"])
 
     def _collect(
         self, linearized: Linearized, loader: Iterable[Any], generator: torch.Generator
@@ -218,7 +214,7 @@ class NeuralEF:
         plain = -(-self.num_inputs // 2)
         while count < self.num_inputs:
             before = count
-            for x, _ in batches(loader, linearized.device):
+            for x, _ in labelled(loader, linearized.device):
                 if count >= plain and self.augment is not None:
                     x = self.augment(x, generator)
                 parts.append(take(x, slice(self.num_inputs - count)))
@@ -260,14 +256,14 @@ class NeuralEF:
         return (mixing * values.clamp_min(0).sqrt()).to(psi)
 
     def _fit_residual(
-        self, residual: str, data: KernelSample, phi: Tensor, options: dict[str, Any]
+        self, data: KernelSample, phi: Tensor, options: dict[str, Any]
     ) -> LearnedResidual | None:
         """The second network, in the units of the kernel."""
         settings = self.teacher or self.training or Training()
         learned: LearnedResidual
-        if residual == "none":
+        if self.residual == "none":
             return None
-        if residual == "factor":
+        if self.residual == "factor":
             assert data.blocks is not None  # as `learn` has checked
             learned = FactorResidual.fitted(
                 data.activations, phi, data.blocks, settings, min(self.width, 256), options
@@ -312,23 +308,24 @@ class NeuralFeatures:
         self.reads_inputs = reads_inputs
 
     @torch.no_grad()
-    def __call__(self, x: Inputs) -> Features:
+    def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
         logits, activations = self.taps(x)
         phi = self.network(x if self.reads_inputs else activations) @ self.mixing
         residual = None if self.residual is None else self.residual(activations)
-        return Features(logits, phi, residual)
+        return LogitGaussian(logits, phi, residual)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.mixing.shape[1]
+
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
         named = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         if self.residual is not None:
             state = self.residual.state_dict()
             named |= {f"residual.{name}": t for name, t in state.items()}
-        return {"mixing": self.mixing, **named}
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
         residual = None
         if self.residual is not None:
             network = self.residual.network.settings()
@@ -336,12 +333,15 @@ class NeuralFeatures:
         described = None
         if isinstance(self.network, ResidualMLP) and not self.reads_inputs:
             described = self.network.settings()
-        return {
-            "taps": [asdict(tap) for tap in self.taps.taps],
-            "reads_inputs": self.reads_inputs,
-            "network": described,
-            "residual": residual,
-        }
+        return State(
+            {"mixing": self.mixing, **named},
+            {
+                "taps": [asdict(tap) for tap in self.taps.taps],
+                "reads_inputs": self.reads_inputs,
+                "network": described,
+                "residual": residual,
+            },
+        )
 
 
 def check_residual(residual: str) -> None:
