@@ -5,7 +5,7 @@ import functools
 import hashlib
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,13 +154,13 @@ class Watch:
     is compared too.
 
     Attributes:
-        places: Dictionary, key and value of every module, parameter and buffer.
+        places: The dictionaries of modules, parameters and buffers, and what each held.
         tensors: Parameters and buffers with memory, with where it begins and their versions.
         samples: By dtype and device, views of one entry of each parameter, and their values.
         fingerprint: Once it is computed.
     """
 
-    places: Sequence[tuple[Mapping[str, object], str, object]]
+    places: list[tuple[Mapping[str, object], list[object]]]
     tensors: list[tuple[Tensor, int, int]]
     samples: list[tuple[list[Tensor], Tensor]]
     fingerprint: str | None = None
@@ -168,20 +168,21 @@ class Watch:
     @classmethod
     def of(cls, model: nn.Module) -> "Watch":
         """As it is now."""
-        places, tensors = [], []
+        places: list[tuple[Mapping[str, object], list[object]]] = []
         for module in model.modules():
             for owner in (module._modules, module._parameters, module._buffers):
-                places += [(owner, name, value) for name, value in owner.items()]
-        for _, _, value in places:
-            if isinstance(value, Tensor):
-                tensors.append((value, _address(value), _version(value)))
-        return cls(places, tensors, _samples([tensor for tensor, *_ in tensors]))
+                places.append((owner, list(owner.values())))
+        held = [value for _, values in places for value in values if isinstance(value, Tensor)]
+        tensors = [(tensor, _address(tensor), _version(tensor)) for tensor in held]
+        return cls(places, tensors, _samples(held))
 
     def same_tensors(self) -> bool:
-        """Whether every module and tensor is where it was."""
-        return all(owner.get(name) is value for owner, name, value in self.places) and all(
-            _address(tensor) == address for tensor, address, _ in self.tensors
-        )
+        """Whether every module and tensor is where it was, and no other came."""
+        return all(
+            len(owner) == len(values)
+            and all(one is other for one, other in zip(owner.values(), values, strict=False))
+            for owner, values in self.places
+        ) and all(_address(tensor) == address for tensor, address, _ in self.tensors)
 
     def same_values(self) -> bool:
         """Whether no tensor was changed in place."""
