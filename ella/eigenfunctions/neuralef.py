@@ -53,8 +53,8 @@ class NeuralEF:
        Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once. κ ≈ SSᵀ within that
        span, which must be larger than `rank`; what lies outside counts as residual.
     3. **Network**: ψ reads frozen activations of the classifier, or the inputs themselves. It
-       starts from `teacher`: regression onto the k leading eigenfunctions
-       of SSᵀ on those inputs; `training`, if given, then minimises `objective` on ψ and Tψ.
+       starts from `teacher`: regression onto the k leading eigenfunctions of SSᵀ on those inputs;
+       `training`, if given, then minimises `objective` on ψ and Tψ.
     4. **Rayleigh-Ritz** in float64 over all inputs gives φ = ψA√μ.
     5. **Residual**: a second network learns R = κ(x, x) − φφᵀ by regression: its log diagonal
        ("diag"), or a factor L with R = LLᵀ ("factor").
