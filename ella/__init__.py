@@ -5,12 +5,16 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ella.calibrate import Tuning
+from ella.activations import FeatureTaps, Tap, choose_taps
+from ella.calibrate import Hyperparameters, Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
 from ella.estimator import ELLA
-from ella.inputs import NotFittedError
-from ella.predictive import LogitGaussian, Uncertainty
-from ella.predictor import Hyperparameters, Predictor
+from ella.likelihoods import Bernoulli, Categorical, Discrete, Likelihood, Normal
+from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, Probit
+from ella.predictor import Evaluated, ModelChangedError, NotFittedError, Predictive, Predictor
+from ella.scores import Uncertainty, entropy
 from ella.spectral import NestedLoRA, NeuralEFObjective, Training
 
 try:
@@ -20,17 +24,35 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     "ELLA",
+    "Bernoulli",
+    "Categorical",
+    "Discrete",
+    "Evaluated",
+    "FeatureTaps",
     "Hyperparameters",
+    "LaplaceBridge",
     "LastLayer",
+    "Likelihood",
+    "Linearized",
+    "Link",
     "LogitGaussian",
+    "ModelChangedError",
+    "MonteCarlo",
     "NestedLoRA",
+    "Network",
     "NeuralEF",
     "NeuralEFObjective",
+    "Normal",
     "NotFittedError",
     "Nystrom",
     "Perturb",
+    "Predictive",
     "Predictor",
+    "Probit",
+    "Tap",
     "Training",
     "Tuning",
     "Uncertainty",
+    "choose_taps",
+    "entropy",
 ]

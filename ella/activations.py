@@ -1,7 +1,6 @@
 """Frozen features of a classifier, read off during its own forward pass."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ella.inputs import Inputs, attention_mask, take
-from ella.linearize import Linearized
+from ella.network import Network
+from ella.saving import State
+from ella.views import Reader
 
 MAX_WIDTH = 2048
 """Vector activations wider than this are not tapped, nor more features than this of one stage."""
@@ -61,6 +62,26 @@ class Tap:
         return torch.cat([means, spread, active], dim=1)
 
 
+def restored_taps(state: State) -> list[Tap]:
+    """The taps that a state lists under "taps".
+
+    Raises:
+        ValueError: If one of them is none.
+    """
+    taps = []
+    for found in state.list("taps"):
+        match found:
+            case {
+                "module": str(module),
+                "side": "input" | "output",
+                "channels_first": bool(first),
+            }:
+                taps.append(Tap(module, found["side"], first))
+            case _:
+                raise ValueError(f"{found!r} says of no activation where it is read")
+    return taps
+
+
 class FeatureTaps:
     """Logits and pooled activations of several depths, from one forward pass.
 
@@ -68,45 +89,42 @@ class FeatureTaps:
     `attention_mask`, as Hugging Face's do.
 
     Args:
-        linearized: The model.
+        network: The model.
         taps: Where to read; `choose_taps` finds places for any model.
+
+    Raises:
+        ValueError: If the model has no module of a tap's name.
     """
 
-    def __init__(self, linearized: Linearized, taps: list[Tap]) -> None:
-        self.linearized = linearized
+    def __init__(self, network: Network, taps: list[Tap]) -> None:
+        self.network = network
         self.taps = taps
+        modules = {name for name, _ in network.model.named_modules()}
+        if missing := [tap.module for tap in taps if tap.module not in modules]:
+            raise ValueError(f"The model has no module named {missing[0]!r} to read.")
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
         pooled: dict[int, Tensor] = {}
         mask = attention_mask(x)
-        modules = dict(self.linearized.model.named_modules())
 
-        def reader(index: int, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+        def reader(indices: list[int]) -> Reader:
             def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
                 # Pooled at once: a later in-place operation may overwrite the activation.
-                pooled[index] = tap.pool(_tensor(args if tap.side == "input" else output), mask)
+                for i in indices:
+                    side = args if self.taps[i].side == "input" else output
+                    pooled[i] = self.taps[i].pool(_tensor(side), mask)
 
             return read
 
-        readers = [(modules[t.module], reader(i, t)) for i, t in enumerate(self.taps)]
-        with hooked(readers):
-            logits = self.linearized(x)
+        places: dict[str, list[int]] = {}
+        for i, tap in enumerate(self.taps):
+            places.setdefault(tap.module, []).append(i)
+        logits = self.network(x, {name: reader(indices) for name, indices in places.items()})
         return logits, torch.cat([*(pooled[i] for i in range(len(self.taps))), logits], dim=1)
 
 
-@contextmanager
-def hooked(readers: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Forward hooks that are gone afterwards, also after an exception."""
-    handles = [module.register_forward_hook(reader) for module, reader in readers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap]:
+def choose_taps(network: Network, x: Inputs, *, most: int = 6) -> list[Tap]:
     """Places that describe what the classifier sees at several depths.
 
     Activations are grouped into stages, runs of one shape, and the last one of each stage is
@@ -118,14 +136,14 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
     the penultimate features, comes last.
 
     Args:
-        linearized: The model.
+        network: The model.
         x: Any inputs; one example is run.
         most: Upper limit of the number of stages.
     """
-    seen = _activations(linearized, x)
-    first = not _channels_last(linearized.model)
+    seen = _activations(network, x)
+    first = not _channels_last(network.model)
     if not first:
-        seen = _residual_stream(linearized.model, seen)
+        seen = _residual_stream(network.model, seen)
     runs: list[list[Activation]] = []
     previous = None
     for each in seen:
@@ -137,9 +155,9 @@ def choose_taps(linearized: Linearized, x: Inputs, *, most: int = 6) -> list[Tap
     if len(runs) < 3:
         chosen = [each for run in runs for each in (run[len(run) // 2], run[-1])]
     if first:
-        chosen += _last_stage(linearized.model, seen, {each.value for each in chosen})
+        chosen += _last_stage(network.model, seen, {each.value for each in chosen})
     taps = [Tap(name, "output", first) for name in dict.fromkeys(each.module for each in chosen)]
-    last = last_linear(linearized, x)
+    last = last_linear(network, x)
     return [*taps, Tap(last, "input", first)] if last is not None else taps
 
 
@@ -158,34 +176,44 @@ class Activation:
     value: int
 
 
-def _activations(linearized: Linearized, x: Inputs) -> list[Activation]:
+def _activations(network: Network, x: Inputs) -> list[Activation]:
     """What modules returned, in the order of their ends: vectors, and anything with positions.
 
     The logits and vectors wider than `MAX_WIDTH` are left out.
     """
-    model = linearized.model
-    names = {module: name for name, module in model.named_modules()}
     seen: list[Activation] = []
-    latest: tuple[Any, int] = (None, 0)
+    latest: tuple[object, int] = (None, 0)
     value = 0
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+    def note(name: str, output: object) -> None:
         nonlocal latest, value
-        if module is model or not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         # An in-place operation returns the same tensor in a new version.
         value += output is not latest[0] or output._version != latest[1]
         latest = output, output._version
         if output.ndim == 2 or (output.ndim > 2 and output.shape[2:].numel() > 1):
-            seen.append(Activation(names[module], output.shape[1:], value))
+            seen.append(Activation(name, output.shape[1:], value))
 
-    with hooked([(module, note) for module in model.modules()]):
-        logits = linearized(take(x, slice(1)))
+    names = [name for name, _ in network.model.named_modules() if name]
+    logits = _noted(network, x, names, note)
     return [
         each
         for each in seen
         if each.shape != logits.shape[1:] and (len(each.shape) > 1 or each.shape[0] <= MAX_WIDTH)
     ]
+
+
+def _noted(
+    network: Network, x: Inputs, names: Iterable[str], note: Callable[[str, object], None]
+) -> Tensor:
+    """Logits of one example; `note` is told what each of these modules returned."""
+
+    def reader(name: str) -> Reader:
+        return lambda module, args, output: note(name, output)
+
+    # On copies of its own, as hooks on every module would stay on those of the network.
+    return Network(network.model)(take(x, slice(1)), {name: reader(name) for name in names})
 
 
 def _residual_stream(model: nn.Module, seen: list[Activation]) -> list[Activation]:
@@ -215,17 +243,17 @@ def _last_stage(model: nn.Module, seen: list[Activation], chosen: set[int]) -> l
     return added
 
 
-def last_linear(linearized: Linearized, x: Inputs) -> str | None:
+def last_linear(network: Network, x: Inputs) -> str | None:
     """Name of the linear layer whose output is the logits; None if there is none."""
-    named = linearized.model.named_modules()
-    names: dict[nn.Module, str] = {m: name for name, m in named if isinstance(m, nn.Linear)}
     outputs: dict[str, Tensor] = {}
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
-        outputs[names[module]] = output.detach().clone()
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs[name] = output.detach().clone()
 
-    with hooked([(module, note) for module in names]):
-        logits = linearized(take(x, slice(1)))
+    modules = network.model.named_modules()
+    names = [name for name, module in modules if isinstance(module, nn.Linear)]
+    logits = _noted(network, x, names, note)
     for name, output in reversed(outputs.items()):
         if output.shape == logits.shape and torch.equal(output, logits):
             return name

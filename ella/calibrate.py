@@ -1,93 +1,74 @@
-"""The search over (prior precision δ, temperature T, output scale) shared by every method.
+"""The search over (prior precision δ, temperature T, scale) shared by every method.
 
-A method hands over `gaussian_at(δ)`, the Gaussian over its logits on validation data at prior
+A method hands over `gaussian_at(δ)`, the Gaussian over its outputs on validation data at prior
 precision δ, computed from cached features. Nothing here knows how it was made.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from ella.likelihoods import Likelihood
 from ella.predictive import Link, LogitGaussian
 
 REACH = math.log(30.0)
-"""How far T and the output scale may move from 1 (from σ²), in the log."""
+"""How far T and the scale may move from 1 (from σ²), in the log."""
 
 TEMPERATURE_SPREAD = 2.0
 """Standard deviation of log T under the hyperprior."""
 
 
-class Score(Protocol):
-    """Validation negative log-likelihood of a Gaussian over outputs, in nats per example."""
-
-    @property
-    def scale_spread(self) -> float:
-        """Standard deviation of the log output scale under the hyperprior."""
-
-    def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
-        """The score at posterior temperature T ≥ 0 and output scale > 0."""
-
-    def prepared(self, gaussian: LogitGaussian) -> Callable[[float, float], float]:
-        """(T > 0, scale) ↦ the score, to be tried at many of them."""
-        return lambda temperature, scale: self(gaussian, temperature, scale)
-
-
 @dataclass(frozen=True)
-class ClassificationScore(Score):
-    """Negative log-likelihood of labels; the scale is the logit temperature τ.
+class Hyperparameters:
+    """The numbers that shape the predictive; set by the user, by `fit` or by `calibrate`.
 
     Attributes:
-        labels: Class indices, shape (n,).
-        link: How logits become probabilities; the one used for prediction.
-        scale_spread: See `Score`.
+        prior_precision: δ = 1/σ₀², the precision of the Gaussian prior on every weight.
+        temperature: T, multiplies the posterior covariance; 0 for no posterior at all.
+        logit_temperature: τ, divides the outputs (all but `Normal`).
+        noise_variance: σ² of the Gaussian likelihood (`Normal`).
+
+    Raises:
+        ValueError: If a number is not finite or not above 0 (T: below 0).
     """
 
-    labels: Tensor
-    link: Link
-    scale_spread: float = 0.5
+    prior_precision: float
+    temperature: float = 1.0
+    logit_temperature: float = 1.0
+    noise_variance: float = 1.0
 
-    def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
-        """Mean of −log p(y), with p floored at the smallest float of its dtype."""
-        if temperature == 0:
-            return self._of((gaussian.mean / scale).log_softmax(-1))
-        return self.prepared(gaussian)(temperature, scale)
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            zero = name == "temperature" and value == 0
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and (zero or 0 < value < math.inf)):
+                raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
 
-    def prepared(self, gaussian: LogitGaussian) -> Callable[[float, float], float]:
-        """See `Score.prepared`."""
-        probabilities = self.link.tempered(gaussian)
+    def scale(self, likelihood: Likelihood) -> float:
+        """The number that is this likelihood's scale."""
+        value: float = getattr(self, likelihood.scale)
+        return value
 
-        def score(temperature: float, scale: float) -> float:
-            probs = probabilities(temperature, scale)
-            return self._of(probs.clamp_min(torch.finfo(probs.dtype).tiny).log())
+    def unit_precision(self, likelihood: Likelihood) -> float:
+        """The precision s·δ that stands for δ at unit dispersion."""
+        return self.prior_precision * likelihood.dispersion(self.scale(likelihood))
 
-        return score
+    def gaussian(
+        self, gaussian_at: Callable[[float], LogitGaussian], likelihood: Likelihood
+    ) -> LogitGaussian:
+        """The Gaussian over the outputs at these numbers.
 
-    def _of(self, log_probs: Tensor) -> float:
-        return -log_probs.gather(1, self.labels.unsqueeze(1)).double().mean().item()
-
-
-@dataclass(frozen=True)
-class RegressionScore(Score):
-    """Negative log-likelihood of real targets; the scale is the noise variance σ².
-
-    Attributes:
-        targets: Shape (n, c).
-        scale_spread: See `Score`.
-    """
-
-    targets: Tensor
-    scale_spread: float = 3.0
-
-    def __call__(self, gaussian: LogitGaussian, temperature: float, scale: float) -> float:
-        """Mean of −log N(y; m, T·S + σ²), outputs taken as independent given x."""
-        variance = temperature * gaussian.variance().double() + scale
-        error = (self.targets - gaussian.mean).double().square()
-        return (0.5 * (error / variance + (2 * math.pi * variance).log())).sum(-1).mean().item()
+        Args:
+            gaussian_at: δ ↦ the one at T = τ = 1 and unit dispersion.
+            likelihood: Gives the dispersion s: with it S is s·S at the precision s·δ.
+        """
+        dispersion = likelihood.dispersion(self.scale(likelihood))
+        return gaussian_at(self.unit_precision(likelihood)).tempered(
+            self.temperature * dispersion, self.logit_temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -95,124 +76,180 @@ class Tuning:
     """What the search chose, and what it was compared with (all scores on the validation data).
 
     Attributes:
-        prior_precision: δ.
-        temperature: T; 0 means that the posterior was switched off (temperature scaling or MAP).
-        scale: Logit temperature τ, or noise variance σ² for regression.
+        hyperparameters: The choice. T = 0 means that the posterior was switched off (temperature
+            scaling or MAP).
+        posterior: The best with T > 0, which epistemic scores use; the choice if it has T > 0, and
+            None for a method without a posterior.
         nll: Negative log-likelihood reached, in nats per example.
         map_nll: The same for T = 0 at the initial scale.
         scaled_nll: The same for T = 0 at the best scale: temperature scaling.
         num_examples: Number of validation examples.
-        at_edge: Whether the best δ lies at an end of the grid.
+        edges: Names of the hyperparameters that lie at an end of what was searched.
     """
 
-    prior_precision: float
-    temperature: float
-    scale: float
+    hyperparameters: Hyperparameters
+    posterior: Hyperparameters | None
     nll: float
     map_nll: float
     scaled_nll: float
     num_examples: int
-    at_edge: bool
+    edges: tuple[str, ...] = ()
 
 
 def precision_grid(prior_variance: float, num: int = 15) -> list[float]:
-    """Prior precisions at which the prior standard deviation of a logit runs from 30 to 0.03.
+    """Prior precisions at which the prior standard deviation of an output runs from 30 to 0.03.
 
     Args:
-        prior_variance: Mean of diag κ(x, x), the prior variance of a logit at δ = 1.
+        prior_variance: Mean of diag κ(x, x), the prior variance of an output at δ = 1.
         num: Number of grid points, evenly spaced in log δ.
     """
     low, high = math.log10(prior_variance / 30**2), math.log10(prior_variance / 0.03**2)
     return [10 ** (low + (high - low) * i / (num - 1)) for i in range(num)]
 
 
-def search(
-    gaussian_at: Callable[[float], LogitGaussian],
-    score: Score,
-    precisions: list[float],
-    *,
-    initial_scale: float = 1.0,
-) -> Tuning:
-    """Minimise the validation score over (δ, T, scale).
+@dataclass(frozen=True)
+class Point:
+    """Somewhere in the search.
 
-    δ runs over a grid, refined once around its best point; for each δ, T and the scale are found
-    by compass search in the log domain, started from the neighbouring δ's optimum. Log-normal
-    hyperpriors around T = 1 and the initial scale, worth less than a nat in total for ordinary
-    values, keep small validation sets from choosing extremes (many draws that vote, τ near 0).
-    T = 0 with the initial scale (the MAP) and with the best scale (temperature scaling) are
-    candidates, so the result is never worse than either on these data.
-
-    Args:
-        gaussian_at: δ ↦ Gaussian over the outputs of the validation inputs.
-        score: Validation negative log-likelihood.
-        precisions: Increasing grid of δ; empty for a method that has none.
-        initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
-
-    Raises:
-        ValueError: If the score of the MAP is not finite.
+    Attributes:
+        value: Negative log-likelihood plus negative log hyperprior, a validation example.
+        nll: Without the hyperprior.
+        precision: δ at unit dispersion.
+        temperature: T.
+        scale: The likelihood's.
     """
-    largest = precisions[-1] if precisions else 1.0
-    plain = gaussian_at(largest)
-    n = len(plain.mean)
-    map_nll = score(plain, 0.0, initial_scale)
-    if not math.isfinite(map_nll):
-        raise ValueError(
-            "The validation NLL of the model itself is not finite. Check its outputs."
+
+    value: float
+    nll: float
+    precision: float
+    temperature: float
+    scale: float
+
+    def hyperparameters(self, likelihood: Likelihood) -> Hyperparameters:
+        """In the user's terms."""
+        precision = self.precision / likelihood.dispersion(self.scale)
+        plain = Hyperparameters(precision, self.temperature)
+        return replace(plain, **{likelihood.scale: self.scale})
+
+
+@dataclass(frozen=True)
+class Search:
+    """Minimises the validation score over (δ, T, scale).
+
+    Attributes:
+        gaussian_at: δ ↦ Gaussian over the outputs of the validation inputs.
+        likelihood: Gives losses, and what its scale is.
+        y: Targets that it has checked.
+        link: How outputs become predictions.
+        initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
+    """
+
+    gaussian_at: Callable[[float], LogitGaussian]
+    likelihood: Likelihood
+    y: Tensor
+    link: Link
+    initial_scale: float = 1.0
+
+    def run(self, precisions: list[float]) -> Tuning:
+        """Try every δ of an increasing grid, which is empty for a method that has none.
+
+        δ runs over the grid, refined once around its best point; for each δ, T and the scale are
+        found by compass search in the log domain, started from the neighbouring δ's optimum.
+
+        Raises:
+            ValueError: If the score of the MAP is not finite.
+        """
+        plain, scaled = self.without_posterior(precisions[-1] if precisions else 1.0)
+        best = min((plain, scaled), key=lambda point: point.value)
+        posterior = self.with_posterior(precisions) if precisions else None
+        if posterior is not None and posterior.value < best.value:
+            best = posterior
+        found = None if posterior is None else posterior.hyperparameters(self.likelihood)
+        return Tuning(
+            hyperparameters=best.hyperparameters(self.likelihood),
+            posterior=found,
+            nll=best.nll,
+            map_nll=plain.nll,
+            scaled_nll=scaled.nll,
+            num_examples=self.num_examples,
+            edges=self.edges(best, precisions),
         )
-    at = (math.log(initial_scale),)
-    (scale,), scaled_nll = _compass(lambda logs: score(plain, 0.0, math.exp(logs[0])), at, at)
-    best = min(
-        (map_nll, largest, 0.0, initial_scale),
-        (scaled_nll, largest, 0.0, math.exp(scale)),
-    )
-    at_edge = False
-    found: dict[float, tuple[float, tuple[float, ...]]] = {}
 
-    origin = (0.0, math.log(initial_scale))
-    spreads = (TEMPERATURE_SPREAD, score.scale_spread)
+    @property
+    def num_examples(self) -> int:
+        """Validation examples that count."""
+        return self.likelihood.num_counted(self.y)
 
-    def penalty(logs: tuple[float, ...]) -> float:
-        """Negative log hyperprior per example."""
-        terms = zip(logs, origin, spreads, strict=True)
-        return sum(((log - at) / spread) ** 2 for log, at, spread in terms) / (2 * n)
+    def penalty(self, log_temperature: float, log_scale: float) -> float:
+        """Negative log hyperprior per example: log-normal around T = 1 and the initial scale.
 
-    def optimise_at(precision: float, start: tuple[float, ...]) -> tuple[float, ...]:
-        score_at = score.prepared(gaussian_at(precision).compressed())
+        Worth less than a nat in total for ordinary values, it keeps small validation sets from
+        choosing extremes (many draws that vote, τ near 0).
+        """
+        moved = log_scale - math.log(self.initial_scale)
+        terms = (log_temperature / TEMPERATURE_SPREAD, moved / self.likelihood.scale_spread)
+        return sum(term**2 for term in terms) / (2 * self.num_examples)
 
-        def objective(logs: tuple[float, ...]) -> float:
-            return score_at(math.exp(logs[0]), math.exp(logs[1])) + penalty(logs)
+    def without_posterior(self, precision: float) -> tuple[Point, Point]:
+        """The MAP, and temperature scaling."""
+        losses = self.likelihood.losses(self.gaussian_at(precision), self.y, self.link)
+        origin = (math.log(self.initial_scale),)
 
-        # The neighbour's optimum is near: a smaller first step than from nowhere.
-        logs, value = _compass(objective, start, origin, step=0.4 if found else 1.0)
-        found[precision] = (value, logs)
-        return logs
+        def nll(logs: tuple[float, ...]) -> float:
+            return losses(0.0, math.exp(logs[0])).mean().item()
 
-    if precisions:
-        start: tuple[float, ...] = origin
+        if not math.isfinite(nll(origin)):
+            raise ValueError(
+                "The validation NLL of the model itself is not finite. Check its outputs."
+            )
+        logs, value = compass(lambda logs: nll(logs) + self.penalty(0.0, logs[0]), origin, origin)
+        plain = Point(nll(origin), nll(origin), precision, 0.0, self.initial_scale)
+        return plain, Point(value, nll(logs), precision, 0.0, math.exp(logs[0]))
+
+    def with_posterior(self, precisions: list[float]) -> Point:
+        """The best point with T > 0."""
+        found: list[Point] = []
         for precision in reversed(precisions):  # from nearly the MAP towards a wide posterior
-            start = optimise_at(precision, start)
-        centre = min(found, key=lambda precision: found[precision][0])
+            found.append(self._at(precision, found[-1] if found else None))
+        centre = min(found, key=lambda point: point.value)
         step = math.sqrt(precisions[-1] / precisions[0]) ** (1 / max(len(precisions) - 1, 1))
-        for precision in (centre / step, centre * step):
-            optimise_at(precision, found[centre][1])
-        precision = min(found, key=lambda precision: found[precision][0])
-        value, logs = found[precision]
-        nll, (log_temperature, log_scale) = value - penalty(logs), logs
-        best = min(best, (nll, precision, math.exp(log_temperature), math.exp(log_scale)))
-        at_edge = best[2] > 0 and not precisions[0] < precision < precisions[-1]
-    return Tuning(
-        prior_precision=best[1],
-        temperature=best[2],
-        scale=best[3],
-        nll=best[0],
-        map_nll=map_nll,
-        scaled_nll=scaled_nll,
-        num_examples=n,
-        at_edge=at_edge,
-    )
+        for precision in (centre.precision / step, centre.precision * step):
+            found.append(self._at(precision, centre))
+        return min(found, key=lambda point: point.value)
+
+    def _at(self, precision: float, neighbour: Point | None) -> Point:
+        """The best T and scale at one δ, started where a neighbouring δ has them."""
+        gaussian = self.gaussian_at(precision).compressed()
+        losses = self.likelihood.losses(gaussian, self.y, self.link)
+        origin = (0.0, math.log(self.initial_scale))
+        start = origin
+        if neighbour is not None:
+            start = (math.log(neighbour.temperature), math.log(neighbour.scale))
+
+        def nll(logs: tuple[float, ...]) -> float:
+            return losses(math.exp(logs[0]), math.exp(logs[1])).mean().item()
+
+        logs, value = compass(
+            lambda logs: nll(logs) + self.penalty(*logs),
+            start,
+            origin,
+            # The neighbour's optimum is near: a smaller first step than from nowhere.
+            step=1.0 if neighbour is None else 0.4,
+        )
+        temperature, scale = (math.exp(log) for log in logs)
+        return Point(value, value - self.penalty(*logs), precision, temperature, scale)
+
+    def edges(self, point: Point, precisions: list[float]) -> tuple[str, ...]:
+        """Hyperparameters at an end of what was searched."""
+        found = []
+        if point.temperature > 0 and not precisions[0] < point.precision < precisions[-1]:
+            found.append("prior_precision")
+        if abs(math.log(point.scale / self.initial_scale)) > REACH - 1e-6:
+            found.append(self.likelihood.scale)
+        return tuple(found)
 
 
-def _compass(
+def compass(
     function: Callable[[tuple[float, ...]], float],
     start: tuple[float, ...],
     origin: tuple[float, ...],

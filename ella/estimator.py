@@ -1,56 +1,51 @@
 """`ELLA`: the stages in order, from a trained model to calibrated predictions."""
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella.curvature import (
-    Curvature,
-    Gaussian,
-    Likelihood,
-    Softmax,
-    accumulate_curvature,
-    noise_variance_of,
-)
-from ella.eigenfunctions import (
-    EigenfunctionMethod,
-    Eigenfunctions,
-    Features,
-    LastLayer,
-    NeuralEF,
-    Nystrom,
-)
-from ella.eigenfunctions.base import RESIDUALS
-from ella.inputs import Inputs, batches, check_choice, check_positive
+from ella.calibrate import Hyperparameters, Tuning
+from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
+from ella.formats import KINDS, upgraded
+from ella.inputs import Inputs, check_positive, labelled
+from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
-from ella.posterior import GaussianPosterior
-from ella.predictive import LogitGaussian
-from ella.predictor import Hyperparameters, Predictor
+from ella.network import Network
+from ella.posterior import GaussianPosterior, LaplaceEvaluation, TrainingSums, accumulate
+from ella.predictive import Link, LogitGaussian
+from ella.predictor import NotFittedError, Predictor
+from ella.saving import DAMAGE, Json, State, custom_names, describe, read, rebuild, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FORMAT = 1
-METHODS: dict[str, type[EigenfunctionMethod]] = {
-    method.__name__: method for method in (NeuralEF, Nystrom, LastLayer)
-}
-
 
 @dataclass(frozen=True)
-class _Fit:
-    """Everything `fit` makes; replaced as a whole, so a failed call changes nothing."""
+class Fit:
+    """Everything `fit` makes; replaced as a whole, so a failed call changes nothing.
+
+    Attributes:
+        eigenfunctions: φ and R.
+        sums: Over the training data.
+        posterior: What `sums.curvature` makes.
+        trainable: Names of the weights that were linearized.
+    """
 
     eigenfunctions: Eigenfunctions
-    curvature: Curvature
+    sums: TrainingSums
     posterior: GaussianPosterior
+    trainable: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, eigenfunctions: Eigenfunctions, sums: TrainingSums, trainable: tuple[str, ...]
+    ) -> "Fit":
+        """With the posterior that follows."""
+        posterior = GaussianPosterior.from_curvature(sums.curvature)
+        return cls(eigenfunctions, sums, posterior, trainable)
 
 
 class ELLA(Predictor):
@@ -65,22 +60,22 @@ class ELLA(Predictor):
     linearized Laplace approximation; with "exact" it is J(δI + VGVᵀ)⁻¹Jᵀ, never above the prior.
 
     Args:
-        model: Trained `nn.Module` with outputs (n, c). It is not changed, and not copied.
-        likelihood: "classification" or "regression".
+        model: Trained `nn.Module` with outputs (n, c). It is not changed, and its weights are not
+            copied. If they change after `fit`, predictions are refused (`ModelChangedError`).
+        likelihood: "classification", "multilabel" or "binary", "regression", or a `Likelihood`.
         eigenfunctions: `NeuralEF`, `Nystrom` or `LastLayer`.
         prior_precision: δ. None lets `fit` choose it from the training data (`fit`).
         temperature: T, multiplies the posterior covariance.
         logit_temperature: τ, divides the logits.
-        noise_variance: σ² for regression; None takes the training residuals' mean square.
-        residual: "diag", "none" (the paper's), full c×c blocks as "exact" (Nystrom, LastLayer) or
-            as a learned "factor" (NeuralEF).
+        noise_variance: Shorthand for `likelihood=Normal(noise_variance)`.
+        residual: Shorthand for the `residual` of `eigenfunctions`.
         seed: Seed of everything random; the same seed gives the same result.
         progress: Whether to show progress bars.
         memory_budget: Bytes that one Jacobian product may take (`Linearized`).
 
     Raises:
         TypeError: If `model` is not an `nn.Module`.
-        ValueError: If an argument is out of range, or the model has no trainable parameter.
+        ValueError: If an argument is out of range.
 
     Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
     (Deng et al., 2022), https://arxiv.org/abs/2210.12642
@@ -90,35 +85,49 @@ class ELLA(Predictor):
         self,
         model: nn.Module,
         *,
-        likelihood: str = "classification",
+        likelihood: str | Likelihood = "classification",
         eigenfunctions: EigenfunctionMethod | None = None,
         prior_precision: float | None = None,
         temperature: float = 1.0,
         logit_temperature: float = 1.0,
         noise_variance: float | None = None,
-        residual: str = "diag",
+        residual: str | None = None,
         seed: int = 0,
         progress: bool = True,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
-        super().__init__(model, likelihood=likelihood, seed=seed, progress=progress)
-        check_choice("residual", residual, RESIDUALS)
-        check_positive("temperature", temperature)
-        check_positive("logit_temperature", logit_temperature)
+        super().__init__(
+            model,
+            likelihood=likelihood,
+            noise_variance=noise_variance,
+            seed=seed,
+            progress=progress,
+        )
         for name, value in (
+            ("temperature", temperature),
+            ("logit_temperature", logit_temperature),
             ("prior_precision", prior_precision),
-            ("noise_variance", noise_variance),
         ):
             if value is not None:
                 check_positive(name, value)
-        self.eigenfunctions = NeuralEF() if eigenfunctions is None else eigenfunctions
+        method: Any = NeuralEF() if eigenfunctions is None else eigenfunctions
+        method = method if residual is None else replace(method, residual=residual)
+        self.eigenfunctions: EigenfunctionMethod = method
         self.prior_precision = prior_precision
         self.temperature = temperature
         self.logit_temperature = logit_temperature
-        self.noise_variance = noise_variance
-        self.residual = residual
-        self.linearized = Linearized(model, memory_budget=memory_budget)
-        self._fit: _Fit | None = None
+        self.memory_budget = memory_budget
+        self._fit: Fit | None = None
+
+    @property
+    def linearized(self) -> Linearized:
+        """The model and its Jacobian, in the weights that were fitted or require a gradient.
+
+        Raises:
+            ValueError: If no parameter requires a gradient.
+        """
+        trainable = None if self._fit is None else self._fit.trainable
+        return Linearized(self.network, memory_budget=self.memory_budget, trainable=trainable)
 
     def fit(self, train_loader: Iterable[Any]) -> "Self":
         """Learn the eigenfunctions, then sum G over the training data. Starts again each time.
@@ -137,30 +146,24 @@ class ELLA(Predictor):
 
         Raises:
             TypeError: If the loader, a batch or the labels have the wrong form.
-            ValueError: If a value is bad, or the data carry fewer than k directions.
+            ValueError: If a value is bad, no parameter requires a gradient, or the data carry
+                fewer than k directions.
         """
+        linearized = Linearized(self.network, memory_budget=self.memory_budget)
         self._check_first_batch(train_loader)
-        fitted = self.eigenfunctions.fit(
-            self.linearized,
-            train_loader,
-            residual=self.residual,
-            seed=self.seed,
-            progress=self.progress,
+        found = self.eigenfunctions.fit(
+            linearized, train_loader, seed=self.seed, progress=self.progress
         )
-        likelihood = self._likelihood(train_loader)
-        curvature = self._curvature(fitted, train_loader, likelihood)
-        posterior = GaussianPosterior.from_curvature(curvature.matrix)
+        sums = self._sums(found, train_loader)
+        fit = Fit.of(found, sums, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
-            precision = curvature.prior_variance / curvature.num_examples
-        self._fit = _Fit(fitted, curvature, posterior)
-        self.hyperparameters = Hyperparameters(
-            precision,
-            self.temperature,
-            self.logit_temperature,
-            likelihood.noise_variance if isinstance(likelihood, Gaussian) else 1.0,
-        )
-        self.tuning = None
+            precision = sums.prior_variance / sums.num_examples
+        start = self._started(precision, self.likelihood.initial_scale(sums.statistics))
+        if self.likelihood.scale == "logit_temperature":
+            start = replace(start, logit_temperature=self.logit_temperature)
+        self._set_fitted(replace(start, temperature=self.temperature))
+        self._fit = fit
         return self
 
     def partial_fit(self, loader: Iterable[Any]) -> "Self":
@@ -168,12 +171,11 @@ class ELLA(Predictor):
 
         Raises:
             NotFittedError: Before `fit`.
+            ModelChangedError: If the weights changed since.
         """
         fit = self._fitted()
-        likelihood = self._make_likelihood(self._require_fitted().noise_variance)
-        curvature = fit.curvature + self._curvature(fit.eigenfunctions, loader, likelihood)
-        posterior = GaussianPosterior.from_curvature(curvature.matrix)
-        self._fit = _Fit(fit.eigenfunctions, curvature, posterior)
+        sums = fit.sums + self._sums(fit.eigenfunctions, loader)
+        self._fit = Fit.of(fit.eigenfunctions, sums, fit.trainable)
         return self
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
@@ -182,16 +184,20 @@ class ELLA(Predictor):
         Raises:
             NotFittedError: Before `fit`.
         """
-        fit = self._fitted()
+        fit, chosen = self._fitted(), self._require_fitted()
         if prior_precision is None:
-            prior_precision = self._require_fitted().prior_precision
+            prior_precision = chosen.prior_precision
+        noise = chosen.noise_variance
         squared_norm = self.linearized.flat_parameters().double().square().sum().item()
         return fit.posterior.log_marginal_likelihood(
-            fit.curvature.log_likelihood, squared_norm, prior_precision
+            self.likelihood.log_likelihood(fit.sums.statistics, noise),
+            squared_norm,
+            prior_precision,
+            self.likelihood.dispersion(noise),
         )
 
-    def features(self, x: Inputs) -> Features:
-        """Logits, φ(x) of shape (n, c, k) and the residual: the method's narrow waist.
+    def features(self, x: Inputs) -> LogitGaussian:
+        """The method's narrow waist: the prior at δ = 1, with f(x) as mean, φ(x) as factor and R.
 
         Raises:
             NotFittedError: Before `fit`.
@@ -200,46 +206,31 @@ class ELLA(Predictor):
 
     @property
     def curvature(self) -> Tensor:
-        """G, shape (k, k), float64."""
-        return self._fitted().curvature.matrix
+        """G at the noise variance in use, shape (k, k), float64."""
+        noise = self._require_fitted().noise_variance
+        return self._fitted().sums.curvature / self.likelihood.dispersion(noise)
 
     @property
     def state_bytes(self) -> int:
         """Bytes that prediction needs beyond the model: eigenfunctions and the k×k posterior."""
         fit = self._fitted()
         tensors = [fit.posterior.eigenvalues, fit.posterior.eigenvectors]
-        tensors += fit.eigenfunctions.tensors().values()
+        tensors += fit.eigenfunctions.state().tensors.values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: eigenfunctions, G, settings and the model's fingerprint.
+        """Write a safetensors file: every stage, all settings and the model's fingerprint.
 
-        The model itself is not in it.
+        The model itself is not in it. On any failure an old file stays as it was.
 
         Raises:
             NotFittedError: Before `fit`.
+            ModelChangedError: If the weights changed since: new weights do not belong to old
+                eigenfunctions.
+            OSError: If the file cannot be written.
         """
-        fit = self._fitted()
-        tensors = {f"eigenfunctions.{k}": v for k, v in fit.eigenfunctions.tensors().items()}
-        tensors["curvature"] = fit.curvature.matrix
-        settings = {
-            "format": FORMAT,
-            "fingerprint": fingerprint(self.model),
-            "likelihood": self.likelihood,
-            "residual": self.residual,
-            "seed": self.seed,
-            "method": type(self.eigenfunctions).__name__,
-            "rank": getattr(self.eigenfunctions, "rank", None),
-            "eigenfunctions": fit.eigenfunctions.settings(),
-            "hyperparameters": asdict(self._require_fitted()),
-            "sums": {
-                "log_likelihood": fit.curvature.log_likelihood,
-                "prior_variance": fit.curvature.prior_variance,
-                "num_examples": fit.curvature.num_examples,
-            },
-        }
-        contiguous = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
-        save_file(contiguous, os.fspath(path), metadata={"ella": json.dumps(settings)})
+        self.network.refreshed_fingerprint()
+        write(path, self._state())
 
     @classmethod
     def load(
@@ -248,112 +239,150 @@ class ELLA(Predictor):
         model: nn.Module,
         *,
         eigenfunctions: EigenfunctionMethod | None = None,
+        likelihood: Likelihood | None = None,
+        link: Link | None = None,
         progress: bool = True,
     ) -> "ELLA":
-        """Read what `save` wrote. Nothing in the file is executed.
+        """Read what `save` wrote, in this version or before. Nothing in the file is executed.
 
         Args:
             path: The file.
             model: The same trained model as when it was saved.
-            eigenfunctions: Needed only if a custom `network` was used.
+            eigenfunctions: Needed only if a custom network, objective or augmentation was used.
+            likelihood: Needed only if it is not one of ella's.
+            link: Needed only if `calibrate` was given one that is not ella's.
             progress: Whether to show progress bars.
 
         Raises:
-            ValueError: If the file is not from this library, or belongs to another model.
+            ValueError: If the file is not from this library, is damaged, or belongs to another
+                model.
         """
+        network = Network(model)
+        where = os.fspath(path)
+        format_found, state = read(path)
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = (file.metadata() or {}).get("ella")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is no safetensors file: {error}.") from error
-        settings = json.loads(metadata) if metadata else {}
-        if settings.get("format") != FORMAT:
+            if format_found == 1:
+                state = upgraded(state, network)
+            fingerprint = state.text("fingerprint")
+        except DAMAGE as error:
+            raise ValueError(f"{where!r} is damaged: {error}.") from error
+        if fingerprint != network.fingerprint():
             raise ValueError(
-                f"{os.fspath(path)!r} is no file that this version of ella can read "
-                f"(format {settings.get('format')!r}, expected {FORMAT})."
+                f"{where!r} was saved for another model: names, classes, shapes or values of its "
+                f"modules and weights differ. Load the weights it was fitted with first."
             )
-        if settings["fingerprint"] != fingerprint(model):
-            raise ValueError(
-                f"{os.fspath(path)!r} was saved for another model: names, shapes or values of its "
-                f"weights differ. Load the weights it was fitted with first."
-            )
-        method = eigenfunctions or _default_method(settings)
-        ella = cls(
-            model,
-            likelihood=settings["likelihood"],
-            eigenfunctions=method,
-            residual=settings["residual"],
-            seed=settings["seed"],
-            progress=progress,
-        )
-        device = ella.linearized.device
-        prefix = "eigenfunctions."
-        parts = {
-            name.removeprefix(prefix): tensor.to(device)
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-        restored = method.restore(ella.linearized, parts, settings["eigenfunctions"])
-        curvature = Curvature(tensors["curvature"].to(device), **settings["sums"])
-        ella._fit = _Fit(restored, curvature, GaussianPosterior.from_curvature(curvature.matrix))
-        ella.hyperparameters = Hyperparameters(**settings["hyperparameters"])
+        try:
+            given = {"likelihood": likelihood, "eigenfunctions": eigenfunctions, "link": link}
+            parts = {name: _part(state, name, value) for name, value in given.items()}
+            ella = cls._configured(state, model, parts, progress)
+            ella._restore(state.to(network.device), parts["link"])
+        except DAMAGE as error:
+            raise ValueError(f"{where!r} cannot be loaded: {error}.") from error
         return ella
 
-    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
-        return self._fitted().eigenfunctions(x)
-
-    def _gaussian(
-        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
-    ) -> LogitGaussian:
-        logits, phi, residual = cast(Features, evaluation)
-        return self._fitted().posterior.gaussian(logits, phi, residual, prior_precision)
-
-    def _curvature(
-        self, eigenfunctions: Eigenfunctions, loader: Iterable[Any], likelihood: Likelihood
-    ) -> Curvature:
-        pairs = self._progress_over(batches(loader, self._device), "curvature")
-        return accumulate_curvature(
-            ((eigenfunctions(x), cast(Tensor, y)) for x, y in pairs), likelihood
+    @classmethod
+    def _configured(
+        cls, state: State, model: nn.Module, parts: Mapping[str, Any], progress: bool
+    ) -> "ELLA":
+        """An object with the settings of the one that was saved."""
+        options = state.part("options")
+        precision = options.settings.get("prior_precision")
+        return cls(
+            model,
+            likelihood=parts["likelihood"],
+            eigenfunctions=parts["eigenfunctions"],
+            prior_precision=None if precision is None else options.number("prior_precision"),
+            temperature=options.number("temperature"),
+            logit_temperature=options.number("logit_temperature"),
+            seed=options.integer("seed", 2**63),
+            memory_budget=options.integer("memory_budget"),
+            progress=progress,
         )
 
-    def _check_first_batch(self, loader: Iterable[Any]) -> None:
-        """Fail on wrong labels before the long part, not after it."""
-        x, y = next(batches(loader, self._device))
-        num_outputs = self.linearized(x).shape[1]
-        self._make_likelihood(1.0).check(cast(Tensor, y), num_outputs)
+    def _restore(self, state: State, link: Link | None) -> None:
+        """Everything that was fitted and tuned."""
+        settings = state.settings
+        trainable = tuple(str(name) for name in state.list("trainable"))
+        own = self.network.trainable
+        if own and set(own) != set(trainable):  # all frozen is how models are deployed
+            raise ValueError(
+                f"it was fitted with other trainable weights: {_difference(own, trainable)}. Set "
+                f"requires_grad as it was"
+            )
+        found = self.eigenfunctions.restore(
+            self.network,
+            state.part("fitted"),
+            trainable=trainable,
+            memory_budget=self.memory_budget,
+        )
+        sums = TrainingSums.restore(state.part("sums"))
+        if len(sums.curvature) != found.rank:
+            raise ValueError(
+                f"its curvature is of rank {len(sums.curvature)}, its eigenfunctions {found.rank}"
+            )
+        chosen = rebuild(settings["hyperparameters"], KINDS)
+        tuning = rebuild(settings["tuning"], KINDS)
+        for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
+            if not (isinstance(value, kind) or (value is None and kind is not Hyperparameters)):
+                raise ValueError(f"{value!r} is no {kind.__name__}")
+        self._fit = Fit.of(found, sums, trainable)
+        self._set_fitted(chosen)
+        self.tuning, self.link = tuning, link
 
-    def _make_likelihood(self, noise_variance: float) -> Likelihood:
-        return Softmax() if self.likelihood == "classification" else Gaussian(noise_variance)
+    def _state(self) -> State:
+        fit = self._fitted()
+        options: dict[str, Json] = {
+            "prior_precision": self.prior_precision,
+            "temperature": self.temperature,
+            "logit_temperature": self.logit_temperature,
+            "seed": self.seed,
+            "memory_budget": self.memory_budget,
+        }
+        return State.joined(
+            {"fitted": fit.eigenfunctions.state(), "sums": fit.sums.state()},
+            fingerprint=self.network.fingerprint(),
+            trainable=list(fit.trainable),
+            likelihood=describe(self.likelihood),
+            eigenfunctions=describe(self.eigenfunctions),
+            options=options,
+            hyperparameters=describe(self._require_fitted()),
+            tuning=describe(self.tuning),
+            link=describe(self.link),
+        )
 
-    def _likelihood(self, loader: Iterable[Any]) -> Likelihood:
-        """The likelihood; for regression with σ² from the training residuals if not given."""
-        if self.likelihood == "classification" or self.noise_variance is not None:
-            return self._make_likelihood(self.noise_variance or 1.0)
-        return Gaussian(noise_variance_of(self.linearized, loader, self._device))
+    def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
+        fit = self._fitted()
+        return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
 
-    def _fitted(self) -> _Fit:
+    def _sums(self, eigenfunctions: Eigenfunctions, loader: Iterable[Any]) -> TrainingSums:
+        pairs = self._progress_over(labelled(loader, self._device), "curvature")
+        return accumulate(((eigenfunctions(x), y) for x, y in pairs), self.likelihood)
+
+    def _fitted(self) -> Fit:
         self._require_fitted()
-        return cast(_Fit, self._fit)
+        if self._fit is None:
+            raise NotFittedError("This ELLA is not fitted. Call ELLA.fit(train_loader) first.")
+        return self._fit
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of the model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
+def _part(state: State, name: str, given: object) -> Any:  # noqa: ANN401 - checked by its user
+    """What the caller gives, or what a file says.
 
-
-def _default_method(settings: dict[str, Any]) -> EigenfunctionMethod:
-    name, rank = settings["method"], settings["rank"]
-    if name not in METHODS:
+    Raises:
+        ValueError: If the file cannot say it, and the caller does not.
+    """
+    description = state.settings[name]
+    if given is not None:
+        return given
+    if found := custom_names(description, name):
         raise ValueError(
-            f"The file was made with eigenfunctions of type {name!r}, which is not ella's. Pass "
-            f"`eigenfunctions=` with an object of that type."
+            f"it was made with a custom {' and a custom '.join(found)}, which no file holds. Pass "
+            f"`{name}=` with the same object"
         )
-    method = METHODS[name]()
-    return method if rank is None else replace(cast(Any, method), rank=rank)
+    return rebuild(description, KINDS)
+
+
+def _difference(own: Iterable[str], fitted: Iterable[str]) -> str:
+    """Some of the names that are in one of the two alone."""
+    names = sorted(set(own) ^ set(fitted))
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

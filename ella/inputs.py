@@ -1,6 +1,6 @@
 """What a user may pass in, and the one sentence said when it is something else."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,6 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 LABEL_KEYS = ("labels", "label", "y", "target")
 MASK_KEY = "attention_mask"
 """Where a mapping holds the mask (n, positions) of its sequences: 0 is padding."""
-
-
-class NotFittedError(RuntimeError):
-    """A method that needs `fit` was called before it."""
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -40,7 +36,7 @@ def input_tensors(x: Inputs) -> list[Tensor]:
     return [value for value in x if isinstance(value, Tensor)]
 
 
-def map_inputs(x: Inputs, function: Any) -> Inputs:  # noqa: ANN401 - any Tensor -> Tensor callable
+def map_inputs(x: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     """Apply a tensor function to every tensor of a batch, keeping its structure."""
     if isinstance(x, Tensor):
         return function(x)
@@ -84,6 +80,32 @@ def concatenate(parts: Sequence[Inputs]) -> Inputs:
     if isinstance(first, Mapping):
         return {key: torch.cat([part[key] for part in parts]) for key in first}  # type: ignore
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def input_state(x: Inputs) -> tuple[list[str], dict[str, Tensor]]:
+    """The form of a batch, "tensor", "tuple" or the keys of a mapping, and its tensors by name."""
+    if isinstance(x, Tensor):
+        return ["tensor"], {"input.0": x}
+    if isinstance(x, Mapping):
+        return ["mapping", *x], {f"input.{key}": value for key, value in x.items()}
+    return ["tuple"], {f"input.{i}": value for i, value in enumerate(x)}
+
+
+def restored_inputs(form: Sequence[str], tensors: Mapping[str, Tensor]) -> Inputs:
+    """What `input_state` described.
+
+    Raises:
+        ValueError: If there is no such form, or a tensor is missing.
+    """
+    found = {k.removeprefix("input."): t for k, t in tensors.items() if k.startswith("input.")}
+    match list(form):
+        case ["tensor"] if list(found) == ["0"]:
+            return found["0"]
+        case ["tuple"] if found:
+            return tuple(found[key] for key in sorted(found, key=int))
+        case ["mapping", *keys] if set(keys) == found.keys():
+            return {key: found[key] for key in keys}
+    raise ValueError(f"inputs of the form {form!r} are not known")
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
@@ -154,15 +176,38 @@ def split_batch(batch: Any, *, labels: bool = True) -> tuple[Inputs, Tensor | No
     raise TypeError(f"The loader must yield {expected}; got {type(batch).__name__}.")
 
 
-def batches(
-    loader: Iterable[Any], device: torch.device, *, labels: bool = True
-) -> Iterator[tuple[Inputs, Tensor | None]]:
+def labelled(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
     """Iterate over checked batches `(x, y)`, moved to the model's device.
 
     Raises:
         TypeError: If `loader` is a tensor or not iterable, or a batch has the wrong form.
         ValueError: If the loader yields nothing, or a batch is bad (`check_inputs`).
     """
+    for batch in _batches(loader):
+        x, y = split_batch(batch)
+        x = _moved(x, device)
+        n = check_inputs(x, device)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"Labels must be a tensor; got {type(y).__name__}.")
+        if len(y) != n:
+            raise ValueError(f"A batch has {n} inputs but {len(y)} labels.")
+        yield x, y.to(device)
+
+
+def unlabelled(loader: Iterable[Any], device: torch.device) -> Iterator[Inputs]:
+    """Iterate over checked inputs, moved to the model's device; labels, if any, are left out.
+
+    Raises:
+        TypeError: See `labelled`.
+        ValueError: See `labelled`.
+    """
+    for batch in _batches(loader):
+        x = _moved(split_batch(batch, labels=False)[0], device)
+        check_inputs(x, device)
+        yield x
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise TypeError(
             f"`loader` must be an iterable of batches, such as a DataLoader; got "
@@ -171,22 +216,18 @@ def batches(
     empty = True
     for batch in loader:
         empty = False
-        x, y = split_batch(batch, labels=labels)
-        if isinstance(x, (Tensor, tuple, Mapping)):
-            x = map_inputs(x, lambda tensor: tensor.to(device))
-        n = check_inputs(x, device)
-        if isinstance(y, Tensor):
-            y = y.to(device)
-            if labels and len(y) != n:
-                raise ValueError(f"A batch has {n} inputs but {len(y)} labels.")
-        elif labels:
-            raise TypeError(f"Labels must be a tensor; got {type(y).__name__}.")
-        yield x, y
+        yield batch
     if empty:
         raise ValueError(
             "The loader is empty: expected at least one batch. An iterator can be used once only; "
             "pass a DataLoader or a list."
         )
+
+
+def _moved(x: Inputs, device: torch.device) -> Inputs:
+    if isinstance(x, (Tensor, tuple, Mapping)):
+        return map_inputs(x, lambda tensor: tensor.to(device))
+    return x  # `check_inputs` says what is wrong
 
 
 def check_class_labels(y: Tensor, num_classes: int) -> None:
@@ -199,10 +240,12 @@ def check_class_labels(y: Tensor, num_classes: int) -> None:
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(
             f"Class labels must be integers of shape (n,); got dtype {y.dtype}. For real-valued "
-            f'targets use likelihood="regression".'
+            f'targets use likelihood="regression", for yes or no likelihood="binary".'
         )
     if y.ndim != 1:
         raise ValueError(f"Class labels must have shape (n,); got {tuple(y.shape)}.")
+    if not y.numel():
+        return
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise ValueError(

@@ -1,13 +1,13 @@
 """Jacobian products of a trained model with respect to its weights."""
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ella.inputs import (
     Inputs,
@@ -18,18 +18,23 @@ from ella.inputs import (
     slices,
     take,
 )
+from ella.network import DifferentiableAttention, Network, called
 
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes of working memory that one Jacobian product may take (1 GiB)."""
 
+Forward = Callable[[Mapping[str, Tensor], Inputs], Tensor]
+"""Outputs (n, c) at given values of the trainable parameters."""
+
+FORWARD_MODE = threading.Lock()
+"""torch counts the levels of forward-mode differentiation for the whole process, not by thread."""
+
 
 class Linearized:
-    r"""A model f(x; θ) and its Jacobian J(x) = ∂f/∂θ, taken at its present weights.
+    r"""A network f(x; θ) and its Jacobian J(x) = ∂f/∂θ, taken at its present weights.
 
-    The model is evaluated in eval mode (BatchNorm uses its running statistics and γ, β count as
-    weights; dropout is off), and everything about it is put back afterwards, also after an
-    exception. Parameters with `requires_grad=False` are constants. Attention runs on the `MATH`
-    kernel, the one that forward-mode differentiation supports.
+    BatchNorm uses its running statistics, and γ, β count as weights; dropout is off. Attention is
+    differentiated by formulas that forward mode supports (`DifferentiableAttention`).
 
     Rows of the Jacobian are computed for several examples at once by `torch.vmap`; a model that
     refuses it (its forward pass branches on values, as Hugging Face models do on their attention
@@ -40,30 +45,37 @@ class Linearized:
     where one is needed per example) × chunk; a chunk is never smaller than one example or tangent.
 
     Args:
-        model: Maps x to outputs of shape (n, c), or to an object with such a `.logits`.
+        network: The model. One that is no `Network` yet becomes one.
         memory_budget: Bytes of working memory for one product.
+        trainable: Names of the parameters θ, the others being constants; None takes those that
+            require a gradient.
 
     Raises:
-        TypeError: If `model` is not an `nn.Module`.
-        ValueError: If no parameter requires a gradient.
+        TypeError: If `network` is not an `nn.Module`.
+        ValueError: If no parameter requires a gradient, or one of those named is not there.
     """
 
-    def __init__(self, model: nn.Module, *, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
-        self.model = model
+    def __init__(
+        self,
+        network: Network | nn.Module,
+        *,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        trainable: tuple[str, ...] | None = None,
+    ) -> None:
+        self.network = network if isinstance(network, Network) else Network(network)
         self.memory_budget = memory_budget
+        self.trainable = self.network.trainable if trainable is None else trainable
         self._probed: dict[tuple, _Probe] = {}
-        if not self.parameters():
+        if not self.trainable:
             raise ValueError(
                 "`model` has no trainable parameter, so it has no Jacobian. Set "
                 "requires_grad=True on the weights whose uncertainty you want."
             )
+        self._names = _all_names(self.network.model, self.trainable)
 
     def parameters(self) -> dict[str, Tensor]:
         """The trainable parameters, by name, sharing memory with the model."""
-        named = self.model.named_parameters()
-        return {name: p.detach() for name, p in named if p.requires_grad}
+        return self.network.parameters(self.trainable)
 
     @property
     def num_parameters(self) -> int:
@@ -72,38 +84,21 @@ class Linearized:
 
     @property
     def device(self) -> torch.device:
-        """The device of the first trainable parameter."""
-        return next(iter(self.parameters().values())).device
+        """Where the network is."""
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first trainable parameter, used for all products."""
-        return next(iter(self.parameters().values())).dtype
+        """The dtype of the network, used for all products."""
+        return self.network.dtype
 
     def flat_parameters(self) -> Tensor:
         """θ, shape (p,): the trainable weights one after the other."""
         return torch.cat([p.reshape(-1) for p in self.parameters().values()])
 
     def __call__(self, x: Inputs) -> Tensor:
-        """Outputs f(x) of shape (n, c).
-
-        Raises:
-            TypeError: If the model does not return a tensor of outputs.
-            ValueError: If `x` is bad (`check_inputs`), the outputs are not (n, c), or not finite.
-        """
-        x, n = self._admit(x)
-        with self._evaluation():
-            outputs = self._forward(self.parameters(), x)
-        if outputs.ndim != 2 or len(outputs) != n:
-            raise ValueError(
-                f"`model` must return outputs of shape (n, c) with n = {n}; got "
-                f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module."
-            )
-        if not torch.isfinite(outputs).all():
-            raise ValueError(
-                "`model` returned NaN or infinite logits. Check its weights and the input scale."
-            )
-        return outputs
+        """Outputs f(x) of shape (n, c); see `Network`."""
+        return self.network(x)
 
     def jvp(self, x: Inputs, tangents: Tensor) -> Tensor:
         r"""Products J(x) v_j with k tangents, which share one primal pass per chunk.
@@ -121,14 +116,14 @@ class Linearized:
         directions = unflatten(tangents, parameters)
         size, chunk = self._chunks(x, n)
 
-        def products(part: Inputs) -> Tensor:
+        def products(forward: Forward, part: Inputs) -> Tensor:
             def product(direction: dict[str, Tensor]) -> Tensor:
-                return jvp(lambda p: self._forward(p, part), (parameters,), (direction,))[1]
+                return jvp(lambda p: forward(p, part), (parameters,), (direction,))[1]
 
             return vmap(product, chunk_size=chunk, out_dims=-1)(directions)
 
-        with self._evaluation():
-            return torch.cat([products(take(x, part)) for part in slices(n, size)])
+        with FORWARD_MODE, self._forward() as forward:
+            return torch.cat([products(forward, take(x, part)) for part in slices(n, size)])
 
     def vjp(self, x: Inputs, cotangents: Tensor) -> Tensor:
         r"""Sums over the examples :math:`\sum_i J(x_i)^\top u_{ij}`, for k cotangents each.
@@ -144,10 +139,10 @@ class Linearized:
         parameters = self.parameters()
         size, chunk = self._chunks(x, n)
         sums = cotangents.new_zeros(cotangents.shape[-1], self.num_parameters)
-        with self._evaluation():
+        with self._forward() as forward:
             for part in slices(n, size):
                 inputs = take(x, part)
-                _, pullback, *_ = vjp(lambda p, x=inputs: self._forward(p, x), parameters)
+                _, pullback, *_ = vjp(lambda p, x=inputs: forward(p, x), parameters)
                 (gradients,) = vmap(pullback, in_dims=-1, chunk_size=chunk)(cotangents[part])
                 sums += flatten(gradients)
         return sums
@@ -203,22 +198,23 @@ class Linearized:
         m, row_bytes = cotangents.shape[1], self.num_parameters * self.dtype.itemsize
         chunk = max(1, self.memory_budget // (m * (2 * self._probe(x).kept_bytes + row_bytes)))
 
-        def rows(cotangent: Tensor, example: Inputs) -> Tensor:
-            _, pullback, *_ = vjp(lambda p: self._forward_one(p, example), parameters)
-            (gradients,) = vmap(pullback)(cotangent)
-            return flatten(gradients)
+        with self._forward() as forward:
 
-        with self._evaluation():
+            def rows(cotangent: Tensor, example: Inputs) -> Tensor:
+                _, pullback, *_ = vjp(lambda p: _of_one(forward, p, example), parameters)
+                (gradients,) = vmap(pullback)(cotangent)
+                return flatten(gradients)
+
             return vmap(rows, chunk_size=chunk)(cotangents, x)
 
     def _rows_in_turn(self, x: Inputs, cotangents: Tensor) -> Tensor:
         """`_rows`, one example and one cotangent at a time, written straight into the result."""
         parameters = self.parameters()
         found = cotangents.new_empty(*cotangents.shape[:2], self.num_parameters)
-        with self._evaluation():
+        with self._forward() as forward:
             for i, rows in enumerate(found):
                 example = take(x, slice(i, i + 1))
-                _, pullback, *_ = vjp(lambda p, x=example: self._forward(p, x), parameters)
+                _, pullback, *_ = vjp(lambda p, x=example: forward(p, x), parameters)
                 for cotangent, row in zip(cotangents[i], rows, strict=True):
                     (gradients,) = pullback(cotangent.unsqueeze(0))
                     torch.cat([g.reshape(-1) for g in gradients.values()], out=row)
@@ -230,68 +226,26 @@ class Linearized:
         with torch.inference_mode(False):
             return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
 
-    def _forward(self, parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
-        """The model as a function of its trainable parameters. Buffers are copies: see class."""
-        state = self._state(parameters)
-        arguments: tuple[Any, ...] = ()
-        keywords: dict[str, Tensor] = {}
-        if isinstance(x, Tensor):
-            arguments = (x,)
-        elif isinstance(x, Mapping):
-            keywords = dict(x)
-        else:
-            arguments = tuple(x)
-        outputs = functional_call(self.model, state, arguments, keywords, tie_weights=False)
-        outputs = getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"`model` must return a tensor of outputs, or an object with `.logits`; got "
-                f"{type(outputs).__name__}. Wrap it in a module that returns the logits."
-            )
-        return outputs
-
-    def _state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors for `functional_call`, tied weights under the names of all that share them.
-
-        `functional_call` could tie them itself, but of a module with two names it then leaves the
-        replacement of its weights in the model; here each module has one name.
-        """
-        tensors: dict[int, Tensor] = {
-            id(p): parameters[name]
-            for name, p in self.model.named_parameters()
-            if name in parameters
-        }
-        tensors |= {id(b): b.clone() for b in self.model.buffers()}
-        state = {}
-        for path, module in self.model.named_modules():
-            own = (
-                *module.named_parameters(recurse=False, remove_duplicate=False),
-                *module.named_buffers(recurse=False, remove_duplicate=False),
-            )
-            for name, tensor in own:
-                if id(tensor) in tensors:
-                    state[f"{path}.{name}" if path else name] = tensors[id(tensor)]
-        return state
-
-    def _forward_one(self, parameters: Mapping[str, Tensor], example: Inputs) -> Tensor:
-        """Outputs (c,) of one example without its batch axis."""
-        batch = map_inputs(example, lambda tensor: tensor.unsqueeze(0))
-        return self._forward(parameters, batch).squeeze(0)
-
     @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """Eval mode, no autograd recording, attention kernels that forward mode supports."""
-        modes = {module: module.training for module in self.model.modules()}
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        self.model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, training in modes.items():
-                module.training = training
+    def _forward(self) -> Iterator["Forward"]:
+        """The network as a function of its trainable parameters and the inputs."""
+        with self.network.borrowed() as module, DifferentiableAttention():
+
+            def forward(parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
+                state = {
+                    alias: parameters[name]
+                    for name, aliases in self._names.items()
+                    for alias in aliases
+                }
+                state |= self.network.changing_buffers(module)
+                return called(
+                    lambda *args, **keywords: functional_call(
+                        module, state, args, keywords, tie_weights=False
+                    ),
+                    x,
+                )
+
+            yield forward
 
     def _chunks(self, x: Inputs, n: int) -> tuple[int, int]:
         """How many examples, and how many (co)tangents over them, one product may carry."""
@@ -315,19 +269,19 @@ class Linearized:
                 return tensor
 
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            with self._evaluation(), torch.enable_grad(), hooks:
-                self._forward(parameters, one)
+            with self._forward() as forward, torch.enable_grad(), hooks:
+                forward(parameters, one)
             self._probed[key] = _Probe(c, sum(kept.values()), self._takes_vmap(one))
         return self._probed[key]
 
     def _takes_vmap(self, x: Inputs) -> bool:
         """Whether the forward pass can be batched by `vmap`."""
         parameters = self.parameters()
-        with self._evaluation():
-            try:
-                vmap(lambda example: self._forward_one(parameters, example))(x)
-            except RuntimeError:  # all that vmap raises; an error of the model's own comes again
-                return False
+        try:
+            with self._forward() as forward:
+                vmap(lambda example: _of_one(forward, parameters, example))(x)
+        except RuntimeError:  # all that vmap raises; an error of the model's own comes again
+            return False
         return True
 
     def _check_width(self, name: str, tangents: Tensor) -> None:
@@ -336,6 +290,29 @@ class Linearized:
                 f"`{name}` must have shape (k, p) with p = {self.num_parameters}; got "
                 f"{tuple(tangents.shape)}."
             )
+
+
+def _of_one(forward: Forward, parameters: Mapping[str, Tensor], example: Inputs) -> Tensor:
+    """Outputs (c,) of one example without its batch axis."""
+    return forward(parameters, map_inputs(example, lambda t: t.unsqueeze(0))).squeeze(0)
+
+
+def _all_names(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, list[str]]:
+    """For each parameter all names by which modules reach it: tied weights have several.
+
+    `functional_call` could tie them itself, but of a module with two names it then leaves the
+    replacement of its weights in the model; here each module has one name.
+    """
+    named = dict(model.named_parameters())
+    if missing := sorted(set(trainable) - named.keys()):
+        raise ValueError(f"The model has no parameter named {missing[0]!r}.")
+    first = {id(named[name]): name for name in trainable}
+    names: dict[str, list[str]] = {name: [] for name in trainable}
+    for path, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(tensor) in first:
+                names[first[id(tensor)]].append(f"{path}.{name}" if path else name)
+    return names
 
 
 class _Probe(NamedTuple):
@@ -365,40 +342,3 @@ def unflatten(tangents: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, T
         name: part.reshape(len(part), *p.shape)
         for (name, p), part in zip(parameters.items(), parts, strict=True)
     }
-
-
-class NTK:
-    r"""The neural tangent kernel κ(x, x') = J(x) J(x')ᵀ as a kernel operator.
-
-    `apply` costs, in units of one differentiation pass over one example, k for each source and
-    target with products, c with Jacobians; the smaller is taken. Neither forms the kernel matrix.
-    The Jacobians of the targets and of the sources come in chunks within the memory budget.
-    """
-
-    def __init__(self, linearized: Linearized) -> None:
-        self.linearized = linearized
-
-    def apply(self, x: Inputs, sources: Inputs, values: Tensor) -> Tensor:
-        r"""The kernel integral :math:`\frac{1}{m} \sum_j κ(x_i, s_j) v_j`.
-
-        Args:
-            x: n examples.
-            sources: m examples s_j.
-            values: v, shape (m, c, k).
-
-        Returns:
-            Shape (n, c, k).
-        """
-        weights = self.adjoint(sources, values) / len(values)
-        if values.shape[-1] < values.shape[-2]:
-            return self.linearized.jvp(x, weights)
-        return torch.cat([jac @ weights.T for _, jac in self.linearized.jacobian_chunks(x)])
-
-    def adjoint(self, sources: Inputs, values: Tensor) -> Tensor:
-        """Σ_j J(s_j)ᵀ v_j, shape (k, p)."""
-        if values.shape[-1] < values.shape[-2]:
-            return self.linearized.vjp(sources, values)
-        sums = values.new_zeros(values.shape[-1], self.linearized.num_parameters)
-        for part, jacobian in self.linearized.jacobian_chunks(sources):
-            sums += torch.einsum("ncp,nck->kp", jacobian, values[part])
-        return sums

@@ -1,12 +1,119 @@
-"""The Gaussian posterior in the k-dimensional space of eigenfunctions."""
+"""Sums over data, and the Gaussian posterior in the space of eigenfunctions that they make."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ella.predictive import LogitGaussian
+from ella.likelihoods import Likelihood
+from ella.predictive import Evaluation, LogitGaussian
+from ella.saving import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class TrainingSums:
+    """Sums over data: plain sums, so batches, later data, and processes add up.
+
+    They are those of unit dispersion: a noise variance is applied when they are used.
+
+    Attributes:
+        curvature: G = Σ φᵀΛφ, shape (k, k), float64.
+        statistics: `Likelihood.statistics`, which give Σ log p(y | f), shape (s,), float64.
+        prior_variance: Σ over examples of the mean over outputs of κ(x, x), the prior variance of
+            an output at prior precision 1.
+        num_examples: How many examples were seen.
+    """
+
+    curvature: Tensor
+    statistics: Tensor
+    prior_variance: float
+    num_examples: int
+
+    @classmethod
+    def of(cls, prior: LogitGaussian, y: Tensor, likelihood: Likelihood) -> "TrainingSums":
+        """The sums over one batch.
+
+        Args:
+            prior: Outputs f, φ and R of n examples.
+            y: Targets that `Likelihood.check` has returned.
+            likelihood: Gives Λ.
+        """
+        rows = likelihood.whitened(prior.mean, prior.factor.double())
+        if (weights := likelihood.weights(y)) is not None:
+            rows = rows * weights.sqrt()[:, None, None]
+        rows = rows.flatten(0, 1)
+        return cls(
+            rows.T @ rows,
+            likelihood.statistics(prior.mean, y),
+            prior.variance().double().mean(-1).sum().item(),
+            len(y),
+        )
+
+    def __add__(self, other: "TrainingSums") -> "TrainingSums":
+        """The sums over both sets of data."""
+        return TrainingSums(
+            self.curvature + other.curvature,
+            self.statistics + other.statistics,
+            self.prior_variance + other.prior_variance,
+            self.num_examples + other.num_examples,
+        )
+
+    def state(self) -> State:
+        """What `restore` takes."""
+        numbers = {"prior_variance": self.prior_variance, "num_examples": self.num_examples}
+        return State({"curvature": self.curvature, "statistics": self.statistics}, numbers)
+
+    @classmethod
+    def restore(cls, state: State) -> "TrainingSums":
+        """What `state` described.
+
+        Raises:
+            ValueError: If a part is missing, misshaped or not finite.
+        """
+        curvature = state.tensor("curvature", (None, None), torch.float64)
+        if len(curvature) != curvature.shape[1]:
+            raise ValueError(f"`curvature` must be square; got {tuple(curvature.shape)}.")
+        return cls(
+            curvature,
+            state.tensor("statistics", (None,), torch.float64),
+            state.number("prior_variance"),
+            state.integer("num_examples"),
+        )
+
+
+def accumulate(
+    parts: Iterable[tuple[LogitGaussian, Tensor]], likelihood: Likelihood
+) -> TrainingSums:
+    r"""Sum the Gauss-Newton matrix :math:`G = \sum_i φ(x_i)^\top Λ_i φ(x_i)` over data.
+
+    Args:
+        parts: Per batch the prior (f, φ, R) at its inputs, and targets. The order and the split
+            into batches do not matter.
+        likelihood: Gives Λ.
+
+    Returns:
+        The sums, in float64.
+
+    Raises:
+        ValueError: If there is no batch, or a batch's targets are bad.
+
+    Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
+    (Deng et al., 2022), eq. 13, https://arxiv.org/abs/2210.12642
+    """
+    total: TrainingSums | None = None
+    for prior, y in parts:
+        y = likelihood.check(y, prior.mean.shape[1])
+        part = TrainingSums.of(prior, y, likelihood)
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("No data: expected at least one batch.")
+    return total
 
 
 @dataclass(frozen=True)
@@ -20,7 +127,8 @@ class GaussianPosterior:
 
     where R is the prior variance outside the span of φ at δ = 1, as far as it is kept. Without R
     the covariance is at most (in the Loewner order) that of the dense linearized Laplace
-    approximation: truncation under-reports the variance.
+    approximation: truncation under-reports the variance. With a dispersion s it is s·S at the
+    precision s·δ.
 
     Attributes:
         eigenvalues: Λ, shape (k,), float64, not negative.
@@ -42,36 +150,67 @@ class GaussianPosterior:
         values, vectors = torch.linalg.eigh(matrix.double())
         return cls(values.clamp_min(0), vectors)
 
-    def gaussian(
-        self, logits: Tensor, phi: Tensor, residual: Tensor | None, prior_precision: float
-    ) -> LogitGaussian:
-        """The Gaussian over the logits of n examples.
-
-        Args:
-            logits: f, shape (n, c).
-            phi: φ, shape (n, c, k).
-            residual: R as variances (n, c), blocks (n, c, c) or None.
-            prior_precision: δ.
-        """
+    def condition(self, prior: LogitGaussian, prior_precision: float) -> LogitGaussian:
+        """The Gaussian over the logits of n examples at δ, from the prior at δ = 1."""
         # Rotated and scaled in float64, then one product in the model's dtype.
         whiten = self.eigenvectors / (self.eigenvalues + prior_precision).sqrt()
-        outside = None if residual is None else residual / prior_precision
-        return LogitGaussian(logits, phi @ whiten.to(phi), outside)
+        outside = None if prior.residual is None else prior.residual / prior_precision
+        return LogitGaussian(prior.mean, prior.factor @ whiten.to(prior.factor), outside)
 
     def log_determinant_ratio(self, prior_precision: float) -> float:
         """Log det (G/δ + I): how much the data narrowed the posterior against the prior."""
         return torch.log1p(self.eigenvalues / prior_precision).sum().item()
 
     def log_marginal_likelihood(
-        self, log_likelihood: float, squared_norm: float, prior_precision: float
+        self,
+        log_likelihood: float,
+        squared_norm: float,
+        prior_precision: float,
+        dispersion: float = 1.0,
     ) -> float:
-        r"""Laplace's estimate :math:`\log p(D|θ) - \frac{1}{2}(δ‖θ‖² + \log\det(G/δ + I))`.
+        r"""Laplace's estimate :math:`\log p(D|θ) - \frac{1}{2}(δ‖θ‖² + \log\det(G/sδ + I))`.
 
         Args:
             log_likelihood: Σ log p(y | f) over the training data.
             squared_norm: ‖θ‖² of the trained weights.
             prior_precision: δ.
+            dispersion: s.
         """
-        penalty = prior_precision * squared_norm + self.log_determinant_ratio(prior_precision)
-        value = log_likelihood - 0.5 * penalty
+        occam = self.log_determinant_ratio(prior_precision * dispersion)
+        value = log_likelihood - 0.5 * (prior_precision * squared_norm + occam)
         return value if math.isfinite(value) else -math.inf
+
+
+@dataclass(frozen=True)
+class LaplaceEvaluation(Evaluation):
+    """The prior at n inputs, and the posterior that conditions it.
+
+    Attributes:
+        prior: Outputs f, φ and R.
+        posterior: See `GaussianPosterior`.
+    """
+
+    prior: LogitGaussian
+    posterior: GaussianPosterior
+
+    @property
+    def logits(self) -> Tensor:  # type: ignore[override]
+        """See `Evaluation`."""
+        return self.prior.mean
+
+    def rows(self, index: Tensor | slice) -> "Self":
+        """See `Evaluation`."""
+        return type(self)(self.prior.rows(index), self.posterior)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Self]") -> "Self":
+        """See `Evaluation`."""
+        return cls(LogitGaussian.joined([part.prior for part in parts]), parts[0].posterior)
+
+    def prior_variance(self) -> float:
+        """See `Evaluation`."""
+        return self.prior.variance().double().mean().item()
+
+    def gaussian(self, prior_precision: float) -> LogitGaussian:
+        """See `Evaluation`."""
+        return self.posterior.condition(self.prior, prior_precision)

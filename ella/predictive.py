@@ -1,12 +1,19 @@
-"""From a Gaussian over logits to probabilities and uncertainty scores."""
+"""The Gaussian over the outputs of n inputs, and links from it to what is observed."""
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Response = Callable[[Tensor, int], Tensor]
+"""What outputs say of an observation, such as softmax: `(outputs, axis of the outputs)`."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +21,7 @@ class LogitGaussian:
     r"""A Gaussian over the logits of n examples, :math:`N(m, F F^\top + D)`, kept in factors.
 
     Sampling costs O(c·k) a draw and never forms the (c, c) covariance, so c = 1000 is no problem.
+    Eigenfunctions give the *prior* at δ = 1 in this form: m = f(x), F = φ(x), D = R(x).
 
     Attributes:
         mean: m, shape (n, c).
@@ -24,6 +32,26 @@ class LogitGaussian:
     mean: Tensor
     factor: Tensor
     residual: Tensor | None = None
+
+    def rows(self, index: Tensor | slice) -> "LogitGaussian":
+        """Some of the examples."""
+        residual = None if self.residual is None else self.residual[index]
+        return LogitGaussian(self.mean[index], self.factor[index], residual)
+
+    @classmethod
+    def joined(cls, parts: Sequence["LogitGaussian"]) -> "LogitGaussian":
+        """All examples of several Gaussians of one form."""
+        residuals = [part.residual for part in parts if part.residual is not None]
+        return cls(
+            torch.cat([part.mean for part in parts]),
+            torch.cat([part.factor for part in parts]),
+            torch.cat(residuals) if residuals else None,
+        )
+
+    def to(self, device: torch.device | str) -> "LogitGaussian":
+        """The same on another device."""
+        residual = None if self.residual is None else self.residual.to(device)
+        return LogitGaussian(self.mean.to(device), self.factor.to(device), residual)
 
     def variance(self) -> Tensor:
         """Marginal variances of the logits, shape (n, c)."""
@@ -79,14 +107,10 @@ class LogitGaussian:
         is one posterior function evaluated at n inputs. They depend on `seed` alone, so the
         result does not change with how the data are batched.
         """
-        return self._draws(num_samples, seed).transpose(1, 2)
+        return self.draws(num_samples, seed).transpose(1, 2)
 
-    def probabilities(self, num_samples: int, seed: int = 0) -> Tensor:
-        """Softmax of draws, shape (num_samples, c, n): with n last, the softmax is vectorised."""
-        return self._draws(num_samples, seed).softmax(1)
-
-    def _draws(self, num_samples: int, seed: int) -> Tensor:
-        """See `sample`; shape (num_samples, c, n)."""
+    def draws(self, num_samples: int, seed: int = 0) -> Tensor:
+        """See `sample`; shape (num_samples, c, n): with n last, responses are vectorised."""
         return self.deviations(num_samples, seed).add_(self.mean.T)
 
     def deviations(self, num_samples: int, seed: int = 0) -> Tensor:
@@ -122,15 +146,26 @@ def _root(residual: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
 
 
-class Link(Protocol):
-    """Turns a Gaussian over logits into class probabilities (n, c)."""
+class Link(ABC):
+    """Averages a response over a Gaussian over outputs: E[softmax(f)], for example.
 
-    def __call__(self, gaussian: LogitGaussian) -> Tensor:
-        """Probabilities of shape (n, c); rows sum to 1."""
+    Subclass it for an approximation of your own, and pass an object wherever a link is asked for.
+    """
 
-    def tempered(self, gaussian: LogitGaussian) -> Callable[[float, float], Tensor]:
-        """(T, τ) ↦ probabilities of `gaussian.tempered(T, τ)`, to be tried at many of them."""
-        return lambda temperature, scale: self(gaussian.tempered(temperature, scale))
+    @abstractmethod
+    def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
+        """The averages of n examples, (n, c) or as wide as the response; probabilities sum to 1.
+
+        Args:
+            gaussian: Over the outputs.
+            response: Such as `torch.softmax` or a likelihood's `response`.
+        """
+
+    def tempered(
+        self, gaussian: LogitGaussian, response: Response = torch.softmax
+    ) -> Callable[[float, float], Tensor]:
+        """(T, τ) ↦ averages over `gaussian.tempered(T, τ)`, to be tried at many of them."""
+        return lambda temperature, scale: self(gaussian.tempered(temperature, scale), response)
 
 
 @dataclass(frozen=True)
@@ -140,40 +175,49 @@ class MonteCarlo(Link):
     Attributes:
         num_samples: Number of draws (antithetic pairs).
         seed: Seed of the draws; the same seed gives the same probabilities.
+
+    Raises:
+        ValueError: If `num_samples` is below 1.
     """
 
     num_samples: int = 128
     seed: int = 0
 
-    def __call__(self, gaussian: LogitGaussian) -> Tensor:
-        """Probabilities of shape (n, c)."""
-        draws = gaussian.compressed().probabilities(self.num_samples, self.seed)
-        return draws.mean(0).T.contiguous()
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"`num_samples` must be at least 1; got {self.num_samples}.")
 
-    def tempered(self, gaussian: LogitGaussian) -> Callable[[float, float], Tensor]:
+    def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
+        """See `Link`."""
+        draws = gaussian.compressed().draws(self.num_samples, self.seed)
+        return response(draws, 1).mean(0).T.contiguous()
+
+    def tempered(
+        self, gaussian: LogitGaussian, response: Response = torch.softmax
+    ) -> Callable[[float, float], Tensor]:
         """See `Link.tempered`: the draws of T = τ = 1 are made once, then scaled."""
         mean = gaussian.mean.T
         deviations = gaussian.compressed().deviations(self.num_samples, self.seed)
 
-        def probabilities(temperature: float, scale: float) -> Tensor:
+        def averages(temperature: float, scale: float) -> Tensor:
             draws = torch.add(mean / scale, deviations, alpha=math.sqrt(temperature) / scale)
-            return draws.softmax(1).mean(0).T.contiguous()
+            return response(draws, 1).mean(0).T.contiguous()
 
-        return probabilities
+        return averages
 
 
 @dataclass(frozen=True)
 class Probit(Link):
-    r"""The probit (mean-field) approximation :math:`softmax(m_c / \sqrt{1 + π/8 · S_{cc}})`.
+    r"""The probit (mean-field) approximation: the response at :math:`m_c / \sqrt{1 + π/8 S_{cc}}`.
 
     Reference: Evidence for the generalized linear model: MacKay, The Evidence Framework Applied
     to Classification Networks (1992); multi-class form as in Laplace Redux (Daxberger et al.,
     2021), https://arxiv.org/abs/2106.14806
     """
 
-    def __call__(self, gaussian: LogitGaussian) -> Tensor:
-        """Probabilities of shape (n, c)."""
-        return (gaussian.mean / (1 + math.pi / 8 * gaussian.variance()).sqrt()).softmax(-1)
+    def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
+        """See `Link`."""
+        return response(gaussian.mean / (1 + math.pi / 8 * gaussian.variance()).sqrt(), -1)
 
 
 @dataclass(frozen=True)
@@ -187,8 +231,8 @@ class LaplaceBridge(Link):
     (Hobbhahn et al., 2022), https://arxiv.org/abs/2003.01227
     """
 
-    def __call__(self, gaussian: LogitGaussian) -> Tensor:
-        """Probabilities of shape (n, c)."""
+    def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
+        """See `Link`; the response is softmax, whatever is passed."""
         mean, covariance = gaussian.mean.double(), gaussian.covariance().double()
         c = mean.shape[-1]
         row_sum = covariance.sum(-1)
@@ -201,61 +245,45 @@ class LaplaceBridge(Link):
         return (alpha / alpha.sum(-1, keepdim=True)).to(gaussian.mean.dtype)
 
 
-LINKS = ("mc", "probit", "bridge")
+LINKS: dict[str, type[Link]] = {"mc": MonteCarlo, "probit": Probit, "bridge": LaplaceBridge}
 
 
-def make_link(name: str, num_samples: int, seed: int) -> Link:
-    """The link of that name: "mc", "probit" or "bridge".
+def make_link(link: str | Link, num_samples: int = 128, seed: int = 0) -> Link:
+    """The link of that name: "mc", "probit" or "bridge"; a `Link` is what it is.
 
     Raises:
         ValueError: For another name, or `num_samples` below 1.
     """
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1; got {num_samples}.")
-    links: dict[str, Link] = {
-        "mc": MonteCarlo(num_samples, seed),
-        "probit": Probit(),
-        "bridge": LaplaceBridge(),
-    }
-    if name not in links:
-        raise ValueError(f"`link` must be one of {LINKS}; got {name!r}.")
-    return links[name]
+    monte_carlo = MonteCarlo(num_samples, seed)
+    if isinstance(link, Link):
+        return link
+    if link not in LINKS:
+        raise ValueError(f"`link` must be one of {tuple(LINKS)}, or a Link; got {link!r}.")
+    return monte_carlo if link == "mc" else LINKS[link]()
 
 
-@dataclass(frozen=True)
-class Uncertainty:
-    """Scores of shape (n,); each is higher for inputs the classifier knows less about.
+class Evaluation(ABC):
+    """What a method computed of n inputs, once: it gives the posterior at any prior precision.
 
     Attributes:
-        entropy: Entropy of the averaged probabilities, in nats.
-        mutual_information: Entropy minus the mean entropy of the draws, in nats: the part of the
-            uncertainty that comes from the weights.
-        logit_variance: Mean marginal variance of the logits.
-        confidence_deficit: One minus the largest averaged probability ("max-softmax").
-        energy: −logsumexp of the mean logits.
+        logits: f(x), shape (n, c).
     """
 
-    entropy: Tensor
-    mutual_information: Tensor
-    logit_variance: Tensor
-    confidence_deficit: Tensor
-    energy: Tensor
+    logits: Tensor
 
+    @abstractmethod
+    def rows(self, index: Tensor | slice) -> "Self":
+        """Some of the examples."""
 
-def entropy(probs: Tensor) -> Tensor:
-    """Entropy over the last axis, in nats, with 0·log 0 = 0."""
-    return -torch.xlogy(probs, probs).sum(-1)
+    @classmethod
+    @abstractmethod
+    def joined(cls, parts: Sequence["Self"]) -> "Self":
+        """All examples of several evaluations by the same method."""
 
+    @abstractmethod
+    def prior_variance(self) -> float:
+        """Mean of diag κ(x, x), the prior variance of an output at δ = 1; 0 if there is none."""
 
-def uncertainty(gaussian: LogitGaussian, num_samples: int = 128, seed: int = 0) -> Uncertainty:
-    """All scores of n examples from one set of draws (see `Uncertainty`)."""
-    draws = gaussian.compressed().probabilities(num_samples, seed)
-    probs = draws.mean(0).T
-    total = entropy(probs)
-    return Uncertainty(
-        entropy=total,
-        mutual_information=(total - entropy(draws.transpose(1, 2)).mean(0)).clamp_min(0),
-        logit_variance=gaussian.variance().mean(-1),
-        confidence_deficit=1 - probs.max(-1).values,
-        energy=-torch.logsumexp(gaussian.mean, -1),
-    )
+    @abstractmethod
+    def gaussian(self, prior_precision: float) -> LogitGaussian:
+        """The Gaussian over the outputs at δ, with T = τ = 1 and unit dispersion."""

@@ -6,7 +6,7 @@ from cases import make_case
 from torch import nn
 
 from ella.activations import MAX_WIDTH, STATISTICS, FeatureTaps, Tap, choose_taps
-from ella.linearize import Linearized
+from ella.network import Network
 
 
 class Block(nn.Module):
@@ -58,8 +58,8 @@ def test_pooling_is_mean_deviation_and_share_above_zero(shape, channels_first):
 
 
 def test_taps_cover_the_last_stage_and_end_with_the_penultimate_features():
-    linearized = Linearized(convnet())
-    taps = choose_taps(linearized, images())
+    network = Network(convnet())
+    taps = choose_taps(network, images())
     names = [tap.module for tap in taps]
     assert names[-1] == "6"
     assert taps[-1].side == "input"
@@ -70,7 +70,7 @@ def test_taps_cover_the_last_stage_and_end_with_the_penultimate_features():
 
 def test_the_last_stage_is_bounded():
     channels = MAX_WIDTH // STATISTICS // 4  # 2 · channels each: room for two of the layers
-    taps = choose_taps(Linearized(convnet(channels)), images())
+    taps = choose_taps(Network(convnet(channels)), images())
     names = [tap.module for tap in taps]
     first = names.index("3.norm")  # the latest first
     assert names[first:] == ["3.norm", "2", "6"]
@@ -81,17 +81,17 @@ def test_what_a_container_passes_on_is_read_once():
     nested = nn.Sequential(
         inner[0], nn.Sequential(inner[1]), nn.Sequential(*inner[2:4]), *inner[4:]
     )
-    linearized = Linearized(nested.eval())
-    _, features = FeatureTaps(linearized, choose_taps(linearized, images()))(images())
-    flat = Linearized(inner)
+    network = Network(nested.eval())
+    _, features = FeatureTaps(network, choose_taps(network, images()))(images())
+    flat = Network(inner)
     _, expected = FeatureTaps(flat, choose_taps(flat, images()))(images())
     assert torch.equal(features, expected)
 
 
 def test_features_of_a_batch_are_those_of_its_examples_and_end_with_the_logits():
     model = convnet()
-    linearized = Linearized(model)
-    taps = FeatureTaps(linearized, choose_taps(linearized, images()))
+    network = Network(model)
+    taps = FeatureTaps(network, choose_taps(network, images()))
     logits, features = taps(images())
     assert torch.equal(logits, model(images()))
     assert torch.equal(features[:, -4:], logits)
@@ -100,8 +100,8 @@ def test_features_of_a_batch_are_those_of_its_examples_and_end_with_the_logits()
 
 
 def test_an_in_place_relu_does_not_change_what_was_read():
-    linearized = Linearized(convnet())
-    _, features = FeatureTaps(linearized, [Tap("3.norm", "output", True)])(images())
+    network = Network(convnet())
+    _, features = FeatureTaps(network, [Tap("3.norm", "output", True)])(images())
     share = features[:, 2 * 12 : 3 * 12]
     assert (share < 1).any()
     assert (features[:, :12] < 0).any()  # means before the ReLU
@@ -126,8 +126,8 @@ def test_padding_is_not_pooled(channels_first):
 
 def test_features_of_a_sequence_are_the_same_alone_and_padded():
     case = make_case("padded")
-    linearized = Linearized(case.model)
-    taps = FeatureTaps(linearized, choose_taps(linearized, case.x))
+    network = Network(case.model)
+    taps = FeatureTaps(network, choose_taps(network, case.x))
     logits, features = taps(case.x)
     lengths = case.x["attention_mask"].sum(1)
     assert lengths.min() < 5
@@ -143,7 +143,7 @@ def test_of_a_transformer_the_residual_stream_is_read():
         layers = [nn.TransformerEncoderLayer(4, 2, 20, batch_first=True) for _ in range(4)]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 3, 2)).eval()
     x = torch.randn(2, 3, 4)
-    taps = choose_taps(Linearized(model), x)
+    taps = choose_taps(Network(model), x)
     shapes = {}
     for tap in taps[:-1]:
         module = model.get_submodule(tap.module)

@@ -1,7 +1,7 @@
 """ELLA against dense linearized Laplace (float64): equal, bounded or ordered as theory says."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -83,14 +83,15 @@ class Dense:
         return torch.linalg.eigh(self.ggn)[1].flip(1).T
 
 
+@dataclass(frozen=True)
 class GivenDirections:
     """A method whose directions are what the test says."""
 
-    def __init__(self, directions):
-        self.directions = directions
+    directions: torch.Tensor
+    residual: str = "diag"
 
-    def fit(self, linearized, loader, *, residual, seed, progress):
-        return JacobianProjection(linearized, self.directions, residual)
+    def fit(self, linearized, loader, *, seed, progress):
+        return JacobianProjection(linearized, self.directions, self.residual)
 
 
 def at(ella, precision):
@@ -231,9 +232,9 @@ def test_no_curvature_is_the_prior():
     dense = Dense("mlp")
     ella = dense.fit(residual="exact")
     zero = torch.zeros_like(ella.curvature)
-    features = ella.activations(dense.test_x)
+    features = ella.features(dense.test_x)
     posterior = type(ella._fit.posterior).from_curvature(zero)
-    prior = posterior.gaussian(*features, prior_precision=0.5).covariance()
+    prior = posterior.condition(features, 0.5).covariance()
     assert_near(prior, 2 * dense.test_jacobian @ dense.test_jacobian.mT)
 
 
@@ -350,8 +351,9 @@ def test_residual_completes_the_kernel(name, method, budget):
             progress=False,
             memory_budget=2**30,
         ).fit(loader_of(dense.x, dense.y))
-        ella.linearized.memory_budget = budget
-        logits, phi, outside = ella.activations(dense.test_x)
+        ella._fit.eigenfunctions.linearized.memory_budget = budget
+        prior = ella.features(dense.test_x)
+        logits, phi, outside = prior.mean, prior.factor, prior.residual
         assert_near(logits, dense.test_logits, 1e-12)
         inside = phi @ phi.mT
         if residual == "none":
@@ -379,7 +381,7 @@ def test_last_layer_equals_the_dense_last_layer_block(name, bias):
     ggn = dense_ggn(jacobian, softmax_hessian(logits))
     _, test_jacobian = dense_jacobian(only, dense.test_x)
     ella = dense.fit(LastLayer(), residual="none")
-    _, phi, _ = ella.activations(dense.test_x)
+    phi = ella.features(dense.test_x).factor
     assert_near(phi @ phi.mT, test_jacobian @ test_jacobian.mT, 1e-10)
     for precision in PRECISIONS:
         covariance = at(ella, precision).logits(dense.test_x)[1]
@@ -391,5 +393,5 @@ def test_projection_takes_either_route_to_the_same_features():
     linearized = Linearized(dense.model)
     for k in (2, 5):  # products below c = 3, Jacobians above
         v = dense.ggn_axes()[:k]
-        _, phi, _ = JacobianProjection(linearized, v, "none")(dense.test_x)
+        phi = JacobianProjection(linearized, v, "none")(dense.test_x).factor
         assert_near(phi, dense.test_jacobian @ v.T, 1e-12)

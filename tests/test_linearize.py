@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from cases import CLASSES, NAMES, make_case, make_inputs, make_model, part_of
+from cases import CLASSES, NAMES, make_case, make_inputs, make_model
 from reference import dense_jacobian
 from torch import nn
 
-from ella.linearize import NTK, Linearized
+from ella.linearize import Linearized
 
 BUDGETS = {"default": {}, "tiny": {"memory_budget": 1}, "some": {"memory_budget": 20_000}}
 
@@ -64,18 +64,6 @@ def test_jvp_and_vjp_are_adjoint(case, linearized):
     left = (linearized.jvp(case.x, v) * u).sum()
     right = (linearized.vjp(case.x, u) * v).sum()
     assert_near(left, right)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 5])  # below c = 3 by products, from c on by Jacobians
-def test_kernel_products_equal_the_dense_kernel(case, linearized, k):
-    sources = part_of(case.x, slice(2, 7))
-    _, jacobian = dense_jacobian(case.model, case.x)
-    values = normal(5, CLASSES, k)
-    kernel = torch.einsum("icp,jdp->icjd", jacobian, jacobian[2:7])
-    expected = torch.einsum("icjd,jdk->ick", kernel, values) / 5
-    ntk = NTK(linearized)
-    assert_near(ntk.apply(case.x, sources, values), expected)
-    assert_near(ntk.adjoint(sources, values), torch.einsum("ncp,nck->kp", jacobian[2:7], values))
 
 
 def test_flat_parameters_are_the_trainable_ones_in_order(case, linearized):

@@ -5,18 +5,22 @@ import math
 import pytest
 import torch
 
+from ella.likelihoods import Categorical
 from ella.predictive import (
     LaplaceBridge,
     LogitGaussian,
     MonteCarlo,
     Probit,
-    entropy,
     make_link,
-    uncertainty,
 )
+from ella.scores import entropy
 
 N, C, K = 4, 3, 5
 RESIDUALS = ("none", "diag", "exact")
+
+
+def uncertainty(gaussian, num_samples):
+    return Categorical().uncertainty(gaussian, gaussian, MonteCarlo(num_samples), 1.0)
 
 
 def make_gaussian(residual="none", scale=1.0, seed=0, c=C, k=K):
@@ -273,4 +277,4 @@ def test_probabilities_are_the_softmax_of_the_draws(residual):
     gaussian = LogitGaussian(mean, factor, extra)
     draws = gaussian.sample(32, seed=1)
     assert draws.shape == (32, n, c)
-    torch.testing.assert_close(gaussian.probabilities(32, seed=1).mT, draws.softmax(-1))
+    torch.testing.assert_close(gaussian.draws(32, seed=1).softmax(1).mT, draws.softmax(-1))

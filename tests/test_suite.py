@@ -33,7 +33,7 @@ def test_early_stopping_is_a_temperature(suite):
     known = ella.fit(loader).evaluated(loader)
     rows = torch.arange(40)
     found = suite.stopped_early(known, rows, case.y, fitted_on=40, num_train=8000)
-    logits, phi, _ = ella.activations(case.x)
+    logits, phi, _ = ella.features(case.x)
     total = ella.curvature * (8000 / 40)  # G of all N, of which 40 were seen
     nlls = {}
     for n in range(1000, 8001, 1000):

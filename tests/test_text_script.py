@@ -57,10 +57,10 @@ METHODS = {
 def test_a_sentence_is_the_same_alone_and_padded(model, task, name):
     method = METHODS[name]
     ella = ELLA(model, eigenfunctions=method, progress=False).fit(task.train.whole())
-    padded = ella.activations(task.held_out.inputs())
+    padded = ella.features(task.held_out.inputs())
     assert len(set(task.held_out.mask.sum(1).tolist())) > 3
     for i in range(0, len(task.held_out), 6):
-        for found, expected in zip(ella.activations(alone(task.held_out, i)), padded, strict=True):
+        for found, expected in zip(ella.features(alone(task.held_out, i)), padded, strict=True):
             torch.testing.assert_close(found[0], expected[i], rtol=1e-4, atol=1e-5)
 
 
@@ -158,9 +158,9 @@ def test_minilm_alone_and_padded(minilm):
     method = NeuralEF(4, num_inputs=30, num_directions=6, width=16, augment=None, teacher=SHORT)
     ella = ELLA(model, eigenfunctions=method, progress=False).fit(task.train.whole())
     assert ella.linearized.num_parameters == 22_566_146
-    padded = ella.activations(task.held_out.rows(slice(0, 872, 200)).inputs())
+    padded = ella.features(task.held_out.rows(slice(0, 872, 200)).inputs())
     for place, i in enumerate(range(0, 872, 200)):
-        found = ella.activations(alone(task.held_out, i))
+        found = ella.features(alone(task.held_out, i))
         torch.testing.assert_close(found.logits[0], padded.logits[place], rtol=1e-4, atol=1e-5)
         scale = padded.phi[place].abs().max().item()
         torch.testing.assert_close(found.phi[0], padded.phi[place], rtol=1e-4, atol=1e-5 * scale)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella.baselines._regression import check_noise_variance
-from ella.curvature import noise_variance_of
-from ella.inputs import Inputs, batches, check_class_labels, check_positive, check_real_targets
+from ella.inputs import Inputs, check_positive, labelled
+from ella.likelihoods import Categorical, Likelihood, Normal
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
-from ella.predictor import Hyperparameters, Predictor
+from ella.predictor import NotFittedError, Predictor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,19 +24,22 @@ class LaplaceBaseline(Predictor):
 
     Args:
         model: Maps x to logits (n, c).
-        likelihood: "classification" or "regression".
+        likelihood: "classification" or "regression", or `Categorical()` or a `Normal`.
         prior_precision: δ until `calibrate` chooses one.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
         memory_budget: Bytes of working memory for Jacobian products.
         seed: Seed of everything random.
         progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If an argument is out of range, or laplace-torch lacks the likelihood.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        likelihood: str = "classification",
+        likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -45,18 +47,25 @@ class LaplaceBaseline(Predictor):
         progress: bool = True,
     ) -> None:
         check_positive("prior_precision", prior_precision)
-        super().__init__(model, likelihood=likelihood, seed=seed, progress=progress)
-        check_noise_variance(likelihood, noise_variance)
+        super().__init__(
+            model,
+            likelihood=likelihood,
+            noise_variance=noise_variance,
+            seed=seed,
+            progress=progress,
+        )
+        if not (self.likelihood == Categorical() or isinstance(self.likelihood, Normal)):
+            raise ValueError(
+                f"laplace-torch has no likelihood like {self.likelihood!r}; use "
+                f'"classification" or "regression".'
+            )
         self.prior_precision = prior_precision
-        self.noise_variance = noise_variance
         self.memory_budget = memory_budget
-        self._linearized: Linearized | None = None
 
     def fit(self, train_loader: Iterable[Any]) -> "Self":
         """Compute the curvature on the training data; calling it again starts again.
 
-        For regression without a `noise_variance` the data are first gone through for the
-        residuals.
+        For regression without a noise variance the data are first gone through for the residuals.
 
         Raises:
             ImportError: If laplace-torch or one of its backends is missing.
@@ -64,48 +73,39 @@ class LaplaceBaseline(Predictor):
             ValueError: If a batch, a label or a setting is bad.
         """
         require_baselines()
-        linearized = Linearized(self.model, memory_budget=self.memory_budget)
-        noise_variance = self.noise_variance or 1.0
-        if self.likelihood == "regression" and self.noise_variance is None:
-            noise_variance = noise_variance_of(linearized, train_loader, self._device)
+        linearized = Linearized(self.network, memory_budget=self.memory_budget)
+        scale = self._initial_scale(train_loader)
         with torch.inference_mode(False):
-            assign = self._fit(linearized, train_loader, noise_variance)
+            assign = self._fit(linearized, train_loader)
         assign()
-        self._linearized = linearized
-        self.hyperparameters = Hyperparameters(
-            prior_precision=float(self.prior_precision), noise_variance=noise_variance
-        )
-        self.tuning = None
+        self._set_fitted(self._started(float(self.prior_precision), scale))
         return self
 
     @abstractmethod
-    def _fit(
-        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
-    ) -> Callable[[], None]:
-        """Do all the work; return what stores its result in `self`, which cannot fail.
+    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+        """Do all the work, at σ² = 1; return what stores its result in `self`, and cannot fail.
 
         Args:
             linearized: The model.
             loader: Training data.
-            noise_variance: σ², or 1 for classification: what the curvature is divided by.
         """
+
+    @property
+    def _name(self) -> str:
+        """What laplace-torch calls the likelihood."""
+        return "regression" if isinstance(self.likelihood, Normal) else "classification"
 
     def _checked_batches(
         self, linearized: Linearized, loader: Iterable[Any], what: str
     ) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches whose labels are checked against the number of outputs; real ones (n, c)."""
-        for x, y in self._progress_over(batches(loader, self._device), what):
-            num_outputs = linearized.num_outputs(x)
-            if self.likelihood == "classification":
-                check_class_labels(y, num_outputs)
-                yield x, y
-            else:
-                yield x, check_real_targets(y, num_outputs).to(linearized.dtype)
+        for x, y in self._progress_over(labelled(loader, self._device), what):
+            y = self.likelihood.check(y, linearized.num_outputs(x))
+            yield x, y.to(linearized.dtype) if y.is_floating_point() else y
 
-    def _fitted_model(self) -> Linearized:
-        self._require_fitted()
-        assert self._linearized is not None
-        return self._linearized
+    def _unfitted(self) -> NotFittedError:
+        name = type(self).__name__
+        return NotFittedError(f"This {name} is not fitted. Call {name}.fit(train_loader) first.")
 
 
 class Batches:

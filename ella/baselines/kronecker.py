@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from ella.baselines._laplace import (
 )
 from ella.calibrate import precision_grid
 from ella.inputs import Inputs, take
+from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
-from ella.predictive import LogitGaussian
+from ella.predictive import Evaluation, LogitGaussian
 
 GRID_SIZE = 8
 """Prior precisions that `calibrate` tries before it refines: half of the usual 15, see class."""
@@ -61,7 +62,7 @@ class KroneckerLaplace(LaplaceBaseline):
         self,
         model: nn.Module,
         *,
-        likelihood: str = "classification",
+        likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -79,16 +80,14 @@ class KroneckerLaplace(LaplaceBaseline):
         )
         self._blocks: list[_Block] = []
         self._grid: list[float] = []
-        self._asked: list[float] | None = None
+        self._linearized: Linearized | None = None
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the eigendecomposed Kronecker factors."""
         return num_bytes(t for b in self._blocks for t in (*b.values, *b.vectors))
 
-    def _fit(
-        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
-    ) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
         require_full_precision(linearized)
         if iter(loader) is loader:
             raise TypeError(
@@ -100,24 +99,20 @@ class KroneckerLaplace(LaplaceBaseline):
             first = require_tensor(x) if first is None else first
             num_examples += len(y)
         assert first is not None
-        blocks = self._run(linearized, loader, num_examples, noise_variance)
+        blocks = self._run(linearized, loader, num_examples)
         grid = _half_step_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
 
         def assign() -> None:
-            self._blocks, self._grid = blocks, grid
+            self._blocks, self._grid, self._linearized = blocks, grid, linearized
 
         return assign
 
     def _run(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        num_examples: int,
-        noise_variance: float,
+        self, linearized: Linearized, loader: Iterable[Any], num_examples: int
     ) -> "list[_Block]":
         """laplace-torch on a copy whose other parameters are frozen."""
         covered = set(_covered_parameters(self.model))
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model).eval()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in covered)
 
@@ -128,7 +123,7 @@ class KroneckerLaplace(LaplaceBaseline):
         laplace = fit_laplace(
             model,
             Batches(passes, num_examples),
-            likelihood=self.likelihood,
+            likelihood=self._name,
             backend="CurvlinopsGGN",
             rng_seed=self.seed,
             subset_of_weights="all",
@@ -136,44 +131,62 @@ class KroneckerLaplace(LaplaceBaseline):
         )
         # laplace-torch's blocks follow the order of the trainable parameters.
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        curvature = laplace.H * (1 / noise_variance)
+        curvature = laplace.H
         parts = zip(names, curvature.eigenvalues, curvature.eigenvectors, strict=True)
         return [_Block(name, tuple(v), tuple(q)) for name, v, q in parts]
 
-    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
-        linearized = self._fitted_model()
-        asked = self._asked or [self._require_fitted().prior_precision]
-        covariances = _covariances(linearized, self._blocks, x, asked)
-        logits = linearized(x)
-        precisions = torch.tensor(asked, dtype=torch.float64, device=logits.device)
-        return logits, covariances, precisions.expand(len(logits), -1)
+    def _evaluate(self, x: Inputs) -> "_KroneckerEvaluation":
+        """At every precision that the search may ask for."""
+        return self._evaluated_at(x, self._grid)
 
-    def _evaluate_loader(
-        self, loader: Iterable[Any], *, labels: bool
-    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-        """Evaluate at every precision that the search may ask for, not only at the present one."""
-        self._asked = self._grid
-        try:
-            return super()._evaluate_loader(loader, labels=labels)
-        finally:
-            self._asked = None
+    def _evaluate_at(self, x: Inputs, prior_precision: float) -> "_KroneckerEvaluation":
+        return self._evaluated_at(x, [prior_precision])
 
-    def _precisions(self, evaluation: tuple[Tensor | None, ...]) -> list[float]:
+    def _evaluated_at(self, x: Inputs, precisions: list[float]) -> "_KroneckerEvaluation":
+        if self._linearized is None:
+            raise self._unfitted()
+        covariances = _covariances(self._linearized, self._blocks, x, precisions)
+        return _KroneckerEvaluation(self._linearized(x), covariances, tuple(precisions))
+
+    def _precisions(self, evaluation: Evaluation) -> list[float]:
         return self._grid[1::2]
 
-    def _gaussian(
-        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
-    ) -> LogitGaussian:
-        logits, covariances, precisions = evaluation
-        assert logits is not None
-        assert covariances is not None
-        assert precisions is not None
-        distance = (precisions[0].log() - math.log(prior_precision)).abs()
-        index = int(distance.argmin())
-        if distance[index] > 1e-6:
+
+@dataclass(frozen=True)
+class _KroneckerEvaluation(Evaluation):
+    """Logits (n, c), and covariances (n, m, c, c) at m prior precisions: Jacobians are too large.
+
+    Attributes:
+        logits: f.
+        covariances: At T = 1 and unit dispersion.
+        precisions: δ of each.
+    """
+
+    logits: Tensor
+    covariances: Tensor
+    precisions: tuple[float, ...]
+
+    def rows(self, index: Tensor | slice) -> "_KroneckerEvaluation":
+        return _KroneckerEvaluation(self.logits[index], self.covariances[index], self.precisions)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_KroneckerEvaluation]") -> "_KroneckerEvaluation":
+        logits = torch.cat([part.logits for part in parts])
+        covariances = torch.cat([part.covariances for part in parts])
+        return cls(logits, covariances, parts[0].precisions)
+
+    def prior_variance(self) -> float:
+        """From the largest precision, at which the posterior is nearly the prior."""
+        variances = self.covariances[:, -1].diagonal(dim1=1, dim2=2).double()
+        return variances.mean().item() * self.precisions[-1]
+
+    def gaussian(self, prior_precision: float) -> LogitGaussian:
+        distances = [abs(math.log(known / prior_precision)) for known in self.precisions]
+        index = distances.index(min(distances))
+        if distances[index] > 1e-6:
             raise ValueError(f"Not evaluated at the prior precision {prior_precision:.6g}.")
-        factor = logits.new_zeros(*logits.shape, 0)
-        return LogitGaussian(logits, factor, covariances[:, index])
+        factor = self.logits.new_zeros(*self.logits.shape, 0)
+        return LogitGaussian(self.logits, factor, self.covariances[:, index])
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """Laplace over the weights of the last linear layer, by laplace-torch and BackPACK."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ella.activations import hooked, last_linear
+from ella.activations import FeatureTaps, Tap, last_linear
 from ella.baselines._laplace import Batches, LaplaceBaseline, fit_laplace, num_bytes
 from ella.inputs import Inputs, check_choice, slices
+from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
-from ella.predictive import LogitGaussian
+from ella.predictive import Evaluation, LogitGaussian
 
 STRUCTURES = ("full", "kron")
 CHUNK_BYTES = 2**28
@@ -49,7 +50,7 @@ class LastLayerLaplace(LaplaceBaseline):
         model: nn.Module,
         *,
         structure: str = "kron",
-        likelihood: str = "classification",
+        likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
         seed: int = 0,
@@ -65,7 +66,7 @@ class LastLayerLaplace(LaplaceBaseline):
             progress=progress,
         )
         self.structure = structure
-        self._layer = ""
+        self._taps: FeatureTaps | None = None
         self._posterior: _Posterior | None = None
 
     @property
@@ -73,49 +74,72 @@ class LastLayerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed curvature."""
         return num_bytes(self._posterior.tensors()) if self._posterior is not None else 0
 
-    def _fit(
-        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
-    ) -> Callable[[], None]:
-        layer = ""
+    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+        taps: FeatureTaps | None = None
         features, labels = [], []
         for x, y in self._checked_batches(linearized, loader, "features"):
-            layer = layer or _last_layer(linearized, x)
-            features.append(_evaluate_with_input(linearized, layer, x)[1].double())
+            taps = taps or _tap(linearized, x)
+            features.append(_evaluate_with_input(taps, x)[1].double())
             labels.append(y.double() if y.is_floating_point() else y)
-        head = copy.deepcopy(linearized.model.get_submodule(layer)).double().requires_grad_()
+        assert taps is not None  # an empty loader is an error
+        layer = self.model.get_submodule(taps.taps[0].module)
         data = Batches(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
         laplace = fit_laplace(
             # Its feature extractor refuses a model that is one module.
-            nn.Sequential(nn.Identity(), head),
+            nn.Sequential(nn.Identity(), copy.deepcopy(layer).double().requires_grad_()),
             data,
-            likelihood=self.likelihood,
+            likelihood=self._name,
             backend="BackPackGGN",
             rng_seed=self.seed,
             subset_of_weights="last_layer",
             hessian_structure=self.structure,
         )
-        posterior = _posterior(laplace, noise_variance, linearized.dtype)
+        posterior = _posterior(laplace, linearized.dtype)
 
         def assign() -> None:
-            self._layer, self._posterior = layer, posterior
+            self._taps, self._posterior = taps, posterior
 
         return assign
 
-    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
-        return _evaluate_with_input(self._fitted_model(), self._layer, x)
+    def _evaluate(self, x: Inputs) -> "_LastLayerEvaluation":
+        if self._taps is None or self._posterior is None:
+            raise self._unfitted()
+        logits, h = _evaluate_with_input(self._taps, x)
+        return _LastLayerEvaluation(logits, h, self._posterior)
 
-    def _gaussian(
-        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
-    ) -> LogitGaussian:
-        logits, h = evaluation
-        assert logits is not None
-        assert h is not None
-        assert self._posterior is not None
-        return self._posterior.gaussian(logits, h, prior_precision)
+
+@dataclass(frozen=True)
+class _LastLayerEvaluation(Evaluation):
+    """Logits (n, c) and the input h of the last layer (n, d)."""
+
+    logits: Tensor
+    h: Tensor
+    posterior: "_Posterior"
+
+    def rows(self, index: Tensor | slice) -> "_LastLayerEvaluation":
+        return _LastLayerEvaluation(self.logits[index], self.h[index], self.posterior)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_LastLayerEvaluation]") -> "_LastLayerEvaluation":
+        logits, h = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "h")
+        )
+        return cls(logits, h, parts[0].posterior)
+
+    def prior_variance(self) -> float:
+        squares = self.h.double().square().sum(-1).mean().item()
+        return squares + self.posterior.has_bias
+
+    def gaussian(self, prior_precision: float) -> LogitGaussian:
+        return self.posterior.gaussian(self.logits, self.h, prior_precision)
 
 
 class _Posterior(Protocol):
     """An eigendecomposed curvature of the last layer."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer has a bias."""
 
     def gaussian(self, logits: Tensor, h: Tensor, precision: float) -> LogitGaussian:
         """The Gaussian over logits at δ from features h, shape (n, d)."""
@@ -135,6 +159,10 @@ class _Full:
 
     vectors: Tensor
     values: Tensor
+
+    @property
+    def has_bias(self) -> bool:
+        return self.vectors.shape[0] * self.vectors.shape[1] == self.vectors.shape[2]
 
     def gaussian(self, logits: Tensor, h: Tensor, precision: float) -> LogitGaussian:
         c, width, p = self.vectors.shape
@@ -167,6 +195,10 @@ class _Kronecker:
     weight: tuple[Tensor, Tensor, Tensor, Tensor]
     bias: tuple[Tensor, ...]
 
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias)
+
     def gaussian(self, logits: Tensor, h: Tensor, precision: float) -> LogitGaussian:
         b, q, a, p = self.weight
         inverse = (torch.outer(a, b) + precision).reciprocal().to(h.dtype)
@@ -181,13 +213,9 @@ class _Kronecker:
         return [*self.weight, *self.bias]
 
 
-def _posterior(
-    laplace: Any,  # noqa: ANN401
-    noise_variance: float,
-    dtype: torch.dtype,
-) -> _Posterior:
+def _posterior(laplace: Any, dtype: torch.dtype) -> _Posterior:  # noqa: ANN401
     """The fitted curvature; eigenvalues stay float64, eigenvectors take the model's dtype."""
-    curvature = laplace.H * (1 / noise_variance)
+    curvature = laplace.H
     if isinstance(curvature, Tensor):
         linear = laplace.model.last_layer
         c, d = linear.weight.shape
@@ -203,22 +231,16 @@ def _posterior(
     return _Kronecker((b, q.to(dtype), a, p.to(dtype)), bias)
 
 
-def _last_layer(linearized: Linearized, x: Inputs) -> str:
-    name = last_linear(linearized, x)
+def _tap(linearized: Linearized, x: Inputs) -> FeatureTaps:
+    name = last_linear(linearized.network, x)
     if name is None:
         raise ValueError(
             "LastLayerLaplace needs a model whose logits come straight from an nn.Linear."
         )
-    return name
+    return FeatureTaps(linearized.network, [Tap(name, "input", channels_first=True)])
 
 
-def _evaluate_with_input(linearized: Linearized, layer: str, x: Inputs) -> tuple[Tensor, Tensor]:
+def _evaluate_with_input(taps: FeatureTaps, x: Inputs) -> tuple[Tensor, Tensor]:
     """Logits (n, c), and the input h of the last layer, (n, d)."""
-    seen: list[Tensor] = []
-
-    def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
-        seen.append(args[0].detach().clone())
-
-    with hooked([(linearized.model.get_submodule(layer), read)]):
-        logits = linearized(x)
-    return logits, seen[-1]
+    logits, features = taps(x)
+    return logits, features[:, : features.shape[1] - logits.shape[1]]

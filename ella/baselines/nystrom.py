@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from ella.baselines._laplace import (
     require_tensor,
 )
 from ella.inputs import Inputs
+from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
+from ella.posterior import GaussianPosterior, LaplaceEvaluation
 from ella.predictive import LogitGaussian
 
 MAX_BATCH = 128
@@ -53,7 +56,7 @@ class NystromLaplace(LaplaceBaseline):
         *,
         rank: int = 20,
         subsample: int = 2000,
-        likelihood: str = "classification",
+        likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -75,17 +78,16 @@ class NystromLaplace(LaplaceBaseline):
         )
         self.rank = rank
         self.subsample = subsample
-        self._directions: Tensor | None = None
-        self._values: Tensor | None = None
+        self._found: _Nystrom | None = None
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the k directions in weight space and their k curvatures."""
-        return num_bytes(t for t in (self._directions, self._values) if t is not None)
+        if self._found is None:
+            return 0
+        return num_bytes((self._found.directions, self._found.posterior.eigenvalues))
 
-    def _fit(
-        self, linearized: Linearized, loader: Iterable[Any], noise_variance: float
-    ) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
         require_full_precision(linearized)
         parts = [
             (require_tensor(x), y)
@@ -98,11 +100,13 @@ class NystromLaplace(LaplaceBaseline):
             )
         laplace = self._run(linearized, TensorDataset(x, y))
         # G = U diag(λ) Uᵀ once, and U folded into the directions: any δ is then a scaling.
-        values, vectors = torch.linalg.eigh(laplace.feature_gram.double() / noise_variance)
+        values, vectors = torch.linalg.eigh(laplace.feature_gram.double())
         directions = (laplace.dual_directions.double() @ vectors).T.to(linearized.dtype)
+        posterior = GaussianPosterior(values.clamp_min(0), torch.eye(len(values)).to(values))
+        found = _Nystrom(linearized, directions.contiguous(), posterior)
 
         def assign() -> None:
-            self._directions, self._values = directions.contiguous(), values.clamp_min(0)
+            self._found = found
 
         return assign
 
@@ -113,9 +117,9 @@ class NystromLaplace(LaplaceBaseline):
         row = linearized.num_outputs(x) * linearized.num_parameters * linearized.dtype.itemsize
         batch = min(MAX_BATCH, max(1, self.memory_budget // (128 * row)))
         return fit_laplace(
-            copy.deepcopy(self.model),
+            copy.deepcopy(self.model).eval(),
             DataLoader(data, batch_size=batch),
-            likelihood=self.likelihood,
+            likelihood=self._name,
             backend="CurvlinopsGGN",
             rng_seed=self.seed,
             seed=self.seed,
@@ -126,17 +130,24 @@ class NystromLaplace(LaplaceBaseline):
             n_eigenvalues=self.rank,
         )
 
-    def _evaluate(self, x: Inputs) -> tuple[Tensor | None, ...]:
-        linearized = self._fitted_model()
-        assert self._directions is not None
-        return linearized(x), linearized.jvp(x, self._directions)
+    def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
+        if self._found is None:
+            raise self._unfitted()
+        linearized = self._found.linearized
+        prior = LogitGaussian(linearized(x), linearized.jvp(x, self._found.directions))
+        return LaplaceEvaluation(prior, self._found.posterior)
 
-    def _gaussian(
-        self, evaluation: tuple[Tensor | None, ...], prior_precision: float
-    ) -> LogitGaussian:
-        logits, phi = evaluation
-        assert logits is not None
-        assert phi is not None
-        assert self._values is not None
-        scale = (self._values + prior_precision).rsqrt().to(phi.dtype)
-        return LogitGaussian(logits, phi * scale)
+
+@dataclass(frozen=True)
+class _Nystrom:
+    """What `fit` leaves.
+
+    Attributes:
+        linearized: The model.
+        directions: Vᵀ in the eigenvectors of G, shape (k, p).
+        posterior: With G diagonal.
+    """
+
+    linearized: Linearized
+    directions: Tensor
+    posterior: GaussianPosterior

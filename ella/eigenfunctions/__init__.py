@@ -1,7 +1,7 @@
 """Three ways to the eigenfunctions of the neural tangent kernel, behind one interface."""
 
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
-from ella.eigenfunctions.base import EigenfunctionMethod, Eigenfunctions, Features
+from ella.eigenfunctions.base import EigenfunctionMethod, Eigenfunctions
 from ella.eigenfunctions.last_layer import LastLayer, LastLayerFeatures
 from ella.eigenfunctions.neuralef import NeuralEF, NeuralFeatures
 from ella.eigenfunctions.nystrom import JacobianProjection, Nystrom
@@ -11,7 +11,6 @@ __all__ = [
     "Augmentation",
     "EigenfunctionMethod",
     "Eigenfunctions",
-    "Features",
     "JacobianProjection",
     "KernelSample",
     "LastLayer",

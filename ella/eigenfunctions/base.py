@@ -1,64 +1,60 @@
-"""The narrow waist: eigenfunctions of the neural tangent kernel at n inputs."""
+"""The narrow waist: the prior over outputs at n inputs, in terms of eigenfunctions."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
-
-from torch import Tensor
+from typing import Any, Protocol
 
 from ella.inputs import Inputs, check_choice
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LogitGaussian
+from ella.saving import State
 
-RESIDUALS = ("diag", "exact", "factor", "none")
 PRODUCT_RESIDUALS = ("diag", "exact", "none")
-"""Those of the methods that make Jacobian products and so need to learn nothing."""
-
-
-class Features(NamedTuple):
-    r"""What the posterior needs of n inputs.
-
-    Attributes:
-        logits: f(x), shape (n, c).
-        phi: φ(x) with :math:`φφ^\top ≈ κ`, shape (n, c, k).
-        residual: R = κ(x, x) − φφᵀ, the prior variance (at δ = 1) outside the span of φ: its
-            diagonal (n, c), its blocks (n, c, c), or None if it is dropped.
-    """
-
-    logits: Tensor
-    phi: Tensor
-    residual: Tensor | None
+"""Residuals of the methods that make Jacobian products and so need to learn nothing."""
 
 
 class Eigenfunctions(Protocol):
-    """Fitted eigenfunctions."""
+    r"""Fitted eigenfunctions.
 
-    def __call__(self, x: Inputs) -> Features:
+    Called with n inputs they give the prior at δ = 1 as a `LogitGaussian`: outputs f(x) as its
+    mean, φ(x) with :math:`φφ^\top ≈ κ` as its factor, and as its residual
+    :math:`R = κ(x, x) - φφ^\top`, the prior variance outside the span of φ: its diagonal (n, c),
+    its blocks (n, c, c), or None if it is dropped.
+    """
+
+    @property
+    def rank(self) -> int:
+        """K."""
+
+    def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that was fitted, for saving."""
-
-    def settings(self) -> dict[str, Any]:
-        """JSON-able description, from which, with `tensors`, the method's `restore` rebuilds."""
+    def state(self) -> State:
+        """Everything that was fitted; the method's `restore` takes it."""
 
 
 class EigenfunctionMethod(Protocol):
     """A way to find eigenfunctions: settings only; `fit` returns the fitted object."""
 
     def fit(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        *,
-        residual: str,
-        seed: int,
-        progress: bool,
+        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
     ) -> Eigenfunctions:
         """Find the leading eigenfunctions on a loader of `(x, y, ...)`; y is not used."""
 
     def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+        self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
     ) -> Eigenfunctions:
-        """Rebuild what `fit` returned from its `tensors()` and `settings()`."""
+        """Rebuild what `fit` returned from its state.
+
+        Args:
+            network: The model.
+            state: See `Eigenfunctions.state`.
+            trainable: Names of the weights that were linearized.
+            memory_budget: See `Linearized`.
+
+        Raises:
+            ValueError: If the state does not fit the model, or has parts that make no sense.
+        """
 
 
 def check_product_residual(residual: str) -> None:

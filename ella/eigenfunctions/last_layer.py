@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ella.activations import FeatureTaps, Tap, last_linear
-from ella.eigenfunctions.base import Features, check_product_residual
-from ella.inputs import Inputs, batches
+from ella.eigenfunctions.base import check_product_residual
+from ella.inputs import Inputs, labelled
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LogitGaussian
+from ella.saving import State
 
 
 @dataclass(frozen=True)
@@ -19,36 +22,39 @@ class LastLayer:
 
     k = c·(d + 1). With a residual, the rest of the network adds its prior variance
     κ(x, x) − φφᵀ, which last-layer Laplace leaves out.
+
+    Attributes:
+        residual: "diag", "exact" (full c×c blocks) or "none".
     """
 
+    residual: str = "diag"
+
+    def __post_init__(self) -> None:
+        check_product_residual(self.residual)
+
     def fit(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        *,
-        residual: str,
-        seed: int,
-        progress: bool,
+        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
     ) -> "LastLayerFeatures":
         """See `EigenfunctionMethod.fit`. One batch is looked at, to find the layer.
 
         Raises:
             ValueError: If the model's outputs are not those of a trainable `nn.Linear`.
         """
-        x, _ = next(batches(loader, linearized.device))
-        name = last_linear(linearized, x)
+        x, _ = next(labelled(loader, linearized.device))
+        name = last_linear(linearized.network, x)
         if name is None:
             raise ValueError(
                 "LastLayer needs a model whose outputs come straight from an nn.Linear. Use "
                 "NeuralEF or Nystrom instead."
             )
-        return LastLayerFeatures(linearized, name, residual)
+        return LastLayerFeatures(linearized, name, self.residual)
 
     def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+        self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
     ) -> "LastLayerFeatures":
         """See `EigenfunctionMethod.restore`."""
-        return LastLayerFeatures(linearized, settings["layer"], settings["residual"])
+        linearized = Linearized(network, memory_budget=memory_budget, trainable=trainable)
+        return LastLayerFeatures(linearized, state.text("layer"), state.text("residual"))
 
 
 class LastLayerFeatures:
@@ -65,13 +71,20 @@ class LastLayerFeatures:
         self.linearized = linearized
         self.layer = layer
         self.residual = residual
-        linear = linearized.model.get_submodule(layer)
-        if not isinstance(linear, nn.Linear) or not linear.weight.requires_grad:
+        linear = dict(linearized.network.model.named_modules()).get(layer)
+        dot = f"{layer}." if layer else ""
+        if not isinstance(linear, nn.Linear) or f"{dot}weight" not in linearized.trainable:
             raise ValueError(f"LastLayer needs a trainable nn.Linear at {layer!r}.")
-        self.has_bias = linear.bias is not None and linear.bias.requires_grad
-        self.taps = FeatureTaps(linearized, [Tap(layer, "input", channels_first=True)])
+        self.num_inputs, self.num_features = linear.in_features, linear.out_features
+        self.has_bias = f"{dot}bias" in linearized.trainable
+        self.taps = FeatureTaps(linearized.network, [Tap(layer, "input", channels_first=True)])
 
-    def __call__(self, x: Inputs) -> Features:
+    @property
+    def rank(self) -> int:
+        """K = c·(d + 1), or c·d without a bias."""
+        return self.num_features * (self.num_inputs + self.has_bias)
+
+    def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs; a residual costs c row gradients each, in chunks."""
         logits, tapped = self.taps(x)
         n, c = logits.shape
@@ -81,19 +94,15 @@ class LastLayerFeatures:
         eye = torch.eye(c, dtype=h.dtype, device=h.device)
         phi = torch.einsum("nd,oc->nocd", h, eye).flatten(2)
         if self.residual == "none":
-            return Features(logits, phi, None)
+            return LogitGaussian(logits, phi, None)
         inside = h.square().sum(-1)
         if self.residual == "diag":
             outside = self.linearized.kernel_diagonal(x) - inside.unsqueeze(1)
-            return Features(logits, phi, outside.clamp_min(0))
-        return Features(
+            return LogitGaussian(logits, phi, outside.clamp_min(0))
+        return LogitGaussian(
             logits, phi, self.linearized.kernel_blocks(x) - inside[:, None, None] * eye
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
-        return {"residual": self.residual, "layer": self.layer}
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
+        return State({}, {"residual": self.residual, "layer": self.layer})

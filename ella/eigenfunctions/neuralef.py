@@ -7,21 +7,23 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap, choose_taps
+from ella.activations import FeatureTaps, choose_taps, restored_taps
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
-from ella.eigenfunctions.base import Features
 from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
 from ella.inputs import (
     Inputs,
-    batches,
     check_choice,
     concatenate,
+    labelled,
     num_examples,
     slices,
     take,
 )
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LogitGaussian
+from ella.saving import State
 from ella.spectral import (
     Eigenbasis,
     FeatureKernel,
@@ -81,6 +83,7 @@ class NeuralEF:
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
             as good or better wherever both were measured (experiments/README.md).
+        residual: "diag", "factor" (a learned c×r factor, nearer to the full blocks) or "none".
 
     Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),
     https://arxiv.org/abs/2205.00165
@@ -97,6 +100,7 @@ class NeuralEF:
     depth: int = 2
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
     training: Training | None = None
+    residual: str = "diag"
 
     def __post_init__(self) -> None:
         for name in ("rank", "num_inputs", "num_directions", "width"):
@@ -105,27 +109,21 @@ class NeuralEF:
         if self.depth < 0:
             raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
         check_choice("reads", self.reads, READS)
+        check_residual(self.residual)
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
 
     def fit(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        *,
-        residual: str,
-        seed: int,
-        progress: bool,
+        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
     ) -> "NeuralFeatures":
         """See `EigenfunctionMethod.fit`.
 
         Raises:
-            ValueError: If `residual` is "exact", the data carry fewer than `rank` directions, or
-                `network` returns another shape.
+            ValueError: If the data carry fewer than `rank` directions, the network cannot read the
+                inputs, or `network` returns another shape.
         """
-        check_residual(residual)
         sample = self.sample(linearized, loader, seed=seed, progress=progress)
-        return self.learn(sample, residual=residual, seed=seed, progress=progress)
+        return self.learn(sample, seed=seed, progress=progress)
 
     def sample(
         self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
@@ -140,25 +138,22 @@ class NeuralEF:
         return sample_kernel(
             linearized,
             inputs,
-            FeatureTaps(linearized, choose_taps(linearized, inputs)),
+            FeatureTaps(linearized.network, choose_taps(linearized.network, inputs)),
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
             progress=progress,
         )
 
-    def learn(
-        self, sample: KernelSample, *, residual: str, seed: int, progress: bool
-    ) -> "NeuralFeatures":
+    def learn(self, sample: KernelSample, *, seed: int, progress: bool) -> "NeuralFeatures":
         """The other half: train the networks. One sample serves many ranks and settings.
 
         Raises:
-            ValueError: If `residual` is "exact" or needs blocks that the sample lacks, the sample
-                spans fewer than `rank` directions, the network cannot read the inputs, or
-                `network` returns another shape.
+            ValueError: If `residual` needs blocks that the sample lacks, the sample spans fewer
+                than `rank` directions, the network cannot read the inputs, or `network` returns
+                another shape.
         """
-        check_residual(residual)
-        if residual == "factor":
+        if self.residual == "factor":
             exact_blocks(sample)  # that is, fail before the long part
         target = sample.teacher(self.rank)
         inputs = self._fed(sample)
@@ -175,25 +170,26 @@ class NeuralEF:
         psi = evaluate(network, inputs)
         eigenvalues, mixing = feature_ritz(psi, sample.kernel_features)
         basis = Eigenbasis(network, mixing, eigenvalues)
-        learned = self._fit_residual(residual, sample, basis.scaled(psi), generator, progress)
+        learned = self._fit_residual(sample, basis.scaled(psi), generator, progress)
         basis = replace(basis, eigenvalues=eigenvalues / sample.scale**2)
         return NeuralFeatures(sample.taps, basis.to(psi), learned, made)
 
     def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+        self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
     ) -> "NeuralFeatures":
         """See `EigenfunctionMethod.restore`.
 
         Raises:
             ValueError: If the file was made with a network of the user's and none is given.
         """
-        made = _read_made(tensors, settings)
-        taps = FeatureTaps(linearized, [Tap(**tap) for tap in settings["taps"]])
-        network: nn.Module
+        taps = FeatureTaps(network, restored_taps(state))
+        settings, tensors = state.settings, dict(state.tensors)
+        made = _read_made(state)
+        net: nn.Module
         if settings["network"] is not None:
-            network = _rebuild(settings["network"])
+            net = _rebuild(settings["network"])
         elif self.network is not None:
-            network = _make(self.network, made, torch.Generator())
+            net = _make(self.network, made, torch.Generator())
         else:
             raise ValueError(
                 "The file holds weights of a custom eigen-network. Pass "
@@ -204,14 +200,14 @@ class NeuralEF:
             kind = LEARNED[settings["residual"]["kind"]]
             residual = kind(_rebuild(settings["residual"]["network"]))
         like = tensors["mixing"]
-        for name, module in (("network", network), ("residual", residual)):
+        for name, module in (("network", net), ("residual", residual)):
             if module is not None:
                 # In the file's dtype first, so that no digit of the weights is lost.
                 module.to(like).load_state_dict(_with_prefix(tensors, f"{name}."))
                 module.eval().requires_grad_(False)
         # Older files hold A√μ as one matrix; eigenvalues of one leave it as it is.
         eigenvalues = tensors.get("eigenvalues", like.new_ones(like.shape[1]))
-        return NeuralFeatures(taps, Eigenbasis(network, like, eigenvalues), residual, made)
+        return NeuralFeatures(taps, Eigenbasis(net, like, eigenvalues), residual, made)
 
     def _collect(
         self, linearized: Linearized, loader: Iterable[Any], generator: torch.Generator
@@ -222,7 +218,7 @@ class NeuralEF:
         plain = -(-self.num_inputs // 2)
         while count < self.num_inputs:
             before = count
-            for x, _ in batches(loader, linearized.device):
+            for x, _ in labelled(loader, linearized.device):
                 if count >= plain and self.augment is not None:
                     x = self.augment(x, generator)
                 parts.append(take(x, slice(self.num_inputs - count)))
@@ -276,7 +272,6 @@ class NeuralEF:
 
     def _fit_residual(
         self,
-        residual: str,
         data: KernelSample,
         phi: Tensor,
         generator: torch.Generator,
@@ -286,9 +281,9 @@ class NeuralEF:
         learned: LearnedResidual
         settings = self.teacher or self.training or Training()
         read = data.activations
-        if residual == "none":
+        if self.residual == "none":
             return None
-        if residual == "factor":
+        if self.residual == "factor":
             learned = FactorResidual.fitted(
                 read,
                 phi,
@@ -363,36 +358,40 @@ class NeuralFeatures:
         self.made = made
 
     @torch.no_grad()
-    def __call__(self, x: Inputs) -> Features:
+    def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
         logits, activations = self.taps(x)
         phi = self.basis.features(x if self.made.reads == "inputs" else activations)
         residual = None if self.residual is None else self.residual(activations)
-        return Features(logits, phi, residual)
+        return LogitGaussian(logits, phi, residual)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.basis.mixing.shape[1]
+
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
         basis = self.basis
         named = {f"network.{name}": t for name, t in basis.network.state_dict().items()}
         if self.residual is not None:
             state = self.residual.state_dict()
             named |= {f"residual.{name}": t for name, t in state.items()}
-        return {"mixing": basis.mixing, "eigenvalues": basis.eigenvalues, **named}
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
         residual = None
         if self.residual is not None:
             described = self.residual.network.settings()
             residual = {"kind": type(self.residual).__name__, "network": described}
-        network = self.basis.network
-        return {
-            "taps": [asdict(tap) for tap in self.taps.taps],
-            "made": asdict(self.made),
-            # Not `isinstance`: a class derived from it may do anything.
-            "network": network.settings() if type(network) is ResidualMLP else None,
-            "residual": residual,
-        }
+        network = basis.network
+        return State(
+            {"mixing": basis.mixing, "eigenvalues": basis.eigenvalues, **named},
+            {
+                "taps": [asdict(tap) for tap in self.taps.taps],
+                "made": asdict(self.made),
+                # Not `isinstance`: a class derived from it may do anything.
+                "network": network.settings() if type(network) is ResidualMLP else None,
+                "residual": residual,
+            },
+        )
 
 
 def check_residual(residual: str) -> None:
@@ -437,13 +436,14 @@ def _make(factory: NetworkFactory, made: Made, generator: torch.Generator) -> nn
         return factory(made.num_inputs, made.shape, generator)
 
 
-def _read_made(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Made:
+def _read_made(state: State) -> Made:
     """From a file; one of before networks were made by factories tells only k of a custom one."""
+    settings = state.settings
     if "made" in settings:
         made = settings["made"]
         return Made(made["reads"], made["num_inputs"], tuple(made["shape"]))
     if settings["reads_inputs"]:
-        return Made("inputs", 0, (0, len(tensors["mixing"])))
+        return Made("inputs", 0, (0, len(state.tensor("mixing", (None, None)))))
     return Made(
         "activations", settings["network"]["num_inputs"], tuple(settings["network"]["shape"])
     )

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella.eigenfunctions.base import Features, check_product_residual
-from ella.inputs import Inputs, batches, check_choice, num_examples, take
+from ella.eigenfunctions.base import check_product_residual
+from ella.inputs import Inputs, check_choice, labelled, num_examples, take
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.predictive import LogitGaussian
+from ella.saving import State
 from ella.spectral.nystrom import leading_eigenpairs, row_gram
 
 OUTPUTS = ("random", "all")
@@ -30,6 +33,7 @@ class Nystrom:
         subsample: Number of examples that rows are taken from (fewer if the loader has fewer).
         outputs: "random" takes one random output of each example, as the authors do; "all" takes
             all c, so that m = c·subsample and the rank can reach rank(J).
+        residual: "diag", "exact" (full c×c blocks) or "none" (the paper's: it under-reports).
 
     Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
     (Deng et al., 2022), https://arxiv.org/abs/2210.12642
@@ -38,8 +42,10 @@ class Nystrom:
     rank: int = 20
     subsample: int = 2000
     outputs: str = "random"
+    residual: str = "diag"
 
     def __post_init__(self) -> None:
+        check_product_residual(self.residual)
         check_choice("outputs", self.outputs, OUTPUTS)
         if self.rank < 1 or self.subsample < 1:
             raise ValueError(
@@ -47,13 +53,7 @@ class Nystrom:
             )
 
     def fit(
-        self,
-        linearized: Linearized,
-        loader: Iterable[Any],
-        *,
-        residual: str,
-        seed: int,
-        progress: bool,
+        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
     ) -> "JacobianProjection":
         """See `EigenfunctionMethod.fit`. The first `subsample` examples of the loader are used.
 
@@ -64,13 +64,16 @@ class Nystrom:
         rows = self._sample_rows(linearized, loader, seed, progress)
         values, vectors = leading_eigenpairs(row_gram(rows), self.rank)
         directions = (vectors / values.sqrt()).T.to(rows) @ rows
-        return JacobianProjection(linearized, directions, residual)
+        return JacobianProjection(linearized, directions, self.residual)
 
     def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
+        self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
     ) -> "JacobianProjection":
         """See `EigenfunctionMethod.restore`."""
-        return JacobianProjection(linearized, tensors["directions"], settings["residual"])
+        linearized = Linearized(network, memory_budget=memory_budget, trainable=trainable)
+        shape = (None, linearized.num_parameters)
+        directions = state.tensor("directions", shape, linearized.dtype)
+        return JacobianProjection(linearized, directions, state.text("residual"))
 
     def _sample_rows(
         self, linearized: Linearized, loader: Iterable[Any], seed: int, progress: bool
@@ -98,7 +101,7 @@ class Nystrom:
         """The first `subsample` inputs, or all of them, in batches."""
         parts: list[Inputs] = []
         missing = self.subsample
-        for x, _ in batches(loader, linearized.device):
+        for x, _ in labelled(loader, linearized.device):
             parts.append(take(x, slice(missing)))
             missing -= num_examples(parts[-1])
             if missing <= 0:
@@ -131,12 +134,17 @@ class JacobianProjection:
         self.directions = directions
         self.residual = residual
 
-    def __call__(self, x: Inputs) -> Features:
+    @property
+    def rank(self) -> int:
+        """K."""
+        return len(self.directions)
+
+    def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs; Jacobians come in chunks within the memory budget."""
         logits = self.linearized(x)
         k, c = len(self.directions), logits.shape[1]
         if self.residual == "none" and k < c:
-            return Features(logits, self.linearized.jvp(x, self.directions), None)
+            return LogitGaussian(logits, self.linearized.jvp(x, self.directions), None)
         phis, residuals = [], []
         for _, jacobian in self.linearized.jacobian_chunks(x):
             phi = jacobian @ self.directions.T
@@ -146,12 +154,8 @@ class JacobianProjection:
                 residuals.append(outside.clamp_min(0))
             elif self.residual == "exact":
                 residuals.append(jacobian @ jacobian.mT - phi @ phi.mT)
-        return Features(logits, torch.cat(phis), torch.cat(residuals) if residuals else None)
+        return LogitGaussian(logits, torch.cat(phis), torch.cat(residuals) if residuals else None)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
-        return {"directions": self.directions}
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
-        return {"residual": self.residual}
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
+        return State({"directions": self.directions}, {"residual": self.residual})

@@ -1,14 +1,16 @@
 """What networks learn eigenfunctions from: the kernel and the activations at many inputs."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella.activations import FeatureTaps
-from ella.inputs import Inputs, num_examples, slices, take
+from ella.activations import FeatureTaps, restored_taps
+from ella.inputs import Inputs, input_state, num_examples, restored_inputs, slices, take
 from ella.linearize import Linearized
+from ella.network import Network
+from ella.saving import State
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
 TOP_EIGENVALUE = 10.0
@@ -41,6 +43,37 @@ class KernelSample:
     blocks: Tensor | None
     scale: float
     axes: Tensor
+
+    def state(self) -> State:
+        """What `restore` takes; the inputs are part of it."""
+        named = {"activations": self.activations, "kernel_features": self.kernel_features}
+        named |= {"diagonal": self.diagonal, "axes": self.axes}
+        if self.blocks is not None:
+            named["blocks"] = self.blocks
+        form, inputs = input_state(self.inputs)
+        taps = [asdict(tap) for tap in self.taps.taps]
+        return State({**named, **inputs}, {"taps": taps, "scale": self.scale, "inputs": form})
+
+    @classmethod
+    def restore(cls, network: Network, state: State) -> "KernelSample":
+        """What `state` described.
+
+        Raises:
+            ValueError: If a part is missing, misshaped or not finite.
+        """
+        s = state.tensor("kernel_features", (None, None, None))
+        n, c, r = s.shape
+        blocks = state.tensor("blocks", (n, c, c)) if "blocks" in state.tensors else None
+        return cls(
+            FeatureTaps(network, restored_taps(state)),
+            restored_inputs(state.list("inputs"), state.tensors),
+            state.tensor("activations", (n, None)),
+            s,
+            state.tensor("diagonal", (n, c)),
+            blocks,
+            state.number("scale"),
+            state.tensor("axes", (r, r)),
+        )
 
     def teacher(self, rank: int) -> Tensor:
         """The k leading eigenfunctions of the sampled kernel at the n inputs, (n, c, k).

@@ -1,0 +1,108 @@
+"""Classes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ella.inputs import check_class_labels
+from ella.likelihoods.base import Discrete
+from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
+from ella.scores import Uncertainty, energy
+
+
+@dataclass(frozen=True)
+class Categorical(Discrete):
+    r"""Classes: p = softmax(f), Λ = diag(p) − ppᵀ.
+
+    Attributes:
+        class_weights: Weight of the examples of each class, as in the classifier's own training
+            loss; None for 1 each. Any sequence of c numbers.
+        ignore_index: Label of examples that do not count.
+        label_smoothing: ε of the training loss, in [0, 1): the log-density is that of the smoothed
+            label. Λ does not depend on it, nor do validation scores.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    class_weights: Sequence[float] | None = None
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo, LaplaceBridge)
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None:
+            weights = tuple(float(weight) for weight in self.class_weights)
+            if not weights or not all(0 < weight < math.inf for weight in weights):
+                raise ValueError(
+                    f"`class_weights` must be finite numbers above 0, one a class; got {weights}."
+                )
+            object.__setattr__(self, "class_weights", weights)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must lie in [0, 1); got {self.label_smoothing}.")
+
+    def check(self, y: Tensor, num_outputs: int) -> Tensor:
+        """Class indices of shape (n,) in [0, c), or `ignore_index`; see `check_class_labels`."""
+        if self.class_weights is not None and len(self.class_weights) != num_outputs:
+            raise ValueError(
+                f"`class_weights` must have one number for each of the {num_outputs} outputs; got "
+                f"{len(self.class_weights)}."
+            )
+        counted = y if self.ignore_index is None else y[y != self.ignore_index]
+        check_class_labels(counted, num_outputs)
+        return y.long()
+
+    def weights(self, y: Tensor) -> Tensor | None:
+        """Class weights, 0 for ignored examples."""
+        if self.class_weights is None and self.ignore_index is None:
+            return None
+        weights = torch.ones(len(y), dtype=torch.float64, device=y.device)
+        if self.class_weights is not None:
+            of_class = torch.tensor(self.class_weights, dtype=torch.float64, device=y.device)
+            weights = of_class[y.clamp(0, len(of_class) - 1)]
+        return weights if self.ignore_index is None else weights * (y != self.ignore_index)
+
+    def statistics(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """See `Likelihood.statistics`; of smoothed labels."""
+        log_probs = outputs.double().log_softmax(-1)
+        density = self._of(log_probs, y)
+        if self.label_smoothing:
+            density = density + self.label_smoothing * (log_probs.mean(-1) - density)
+        weights = self.weights(y)
+        return (density if weights is None else density * weights).sum().unsqueeze(0)
+
+    def log_density(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Log softmax(f)[y]."""
+        return self._of(outputs.log_softmax(-1), y)
+
+    def log_probability(self, probs: Tensor, y: Tensor) -> Tensor:
+        """See `Discrete.log_probability`; of ignored examples, of any class."""
+        return super().log_probability(probs, y.clamp(0, probs.shape[1] - 1))
+
+    def whitened(self, outputs: Tensor, phi: Tensor) -> Tensor:
+        r"""Centred, weighted features: :math:`Λ = \sum_c p_c (e_c - p)(e_c - p)^\top`.
+
+        No cancellation can then make G indefinite.
+        """
+        probs = outputs.double().softmax(-1)
+        centred = phi - torch.einsum("nc,nck->nk", probs, phi).unsqueeze(1)
+        return probs.sqrt().unsqueeze(-1) * centred
+
+    def response(self, outputs: Tensor, dim: int) -> Tensor:
+        """softmax(f)."""
+        return outputs.softmax(dim)
+
+    def uncertainty(
+        self, gaussian: LogitGaussian, epistemic: LogitGaussian, link: Link, scale: float
+    ) -> Uncertainty:
+        """All scores."""
+        found = super().uncertainty(gaussian, epistemic, link, scale)
+        return replace(found, energy=energy(gaussian))
+
+    def _of(self, log_probs: Tensor, y: Tensor) -> Tensor:
+        index = y.clamp(0, log_probs.shape[-1] - 1).expand(log_probs.shape[:-1])
+        return log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,210 @@
+"""Copies of a module tree that share its tensors, and what tells that the original changed."""
+
+import copy
+import functools
+import hashlib
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Reader = Callable[[nn.Module, Any, Any], None]
+"""A forward hook: `(module, positional arguments, output)`."""
+
+ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes)
+"""What `copy.deepcopy` does not look into."""
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree, in eval mode, that holds the very tensors of the original.
+
+    Raises:
+        TypeError: If copying made other parameters.
+        Exception: Whatever copying an object that the model holds raises.
+    """
+    memo: dict[int, Any] = {id(held): held for held in _held_tensors(model)}
+    twin = copy.deepcopy(model, memo)
+    pairs = zip(twin.parameters(), model.parameters(), strict=True)
+    if twin is model or not all(one is other for one, other in pairs):
+        raise TypeError("The copy does not share its parameters.")
+    for module in twin.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
+    return twin.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over module names and classes, and over names and values of all tensors."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name}:{type(module).__name__}\n".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def _held_tensors(root: object) -> Iterator[object]:
+    """Every tensor and array that deepcopy would come to, in modules or beside them."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        held = stack.pop()
+        if isinstance(held, ATOMIC) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, (Tensor, np.ndarray)):
+            yield held
+        elif isinstance(held, Mapping):
+            stack.extend(held.values())
+        elif isinstance(held, (list, tuple, set, frozenset, deque)):
+            stack.extend(held)
+        elif isinstance(held, types.MethodType):
+            stack.append(held.__self__)
+        elif isinstance(held, functools.partial):
+            stack.extend((held.func, *held.args, *held.keywords.values()))
+        else:
+            stack.extend(getattr(held, "__dict__", {}).values())
+            slots = (getattr(kind, "__slots__", ()) for kind in type(held).__mro__)
+            names = ((s,) if isinstance(s, str) else s for s in slots)
+            stack.extend(getattr(held, name, None) for each in names for name in each)
+
+
+@dataclass
+class View:
+    """One copy of the tree.
+
+    Attributes:
+        module: It.
+        buffers: Name, copy and original of the buffers that are its own.
+        keeps_hooks: Whether hooks stay for the next call; not on the user's own modules.
+        readers: What its hooks call now.
+        hooked: Names of the modules that have a hook.
+    """
+
+    module: nn.Module
+    buffers: list[tuple[str, Tensor, Tensor]]
+    keeps_hooks: bool = True
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    hooked: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, module: nn.Module, model: nn.Module, own: frozenset[str]) -> "View":
+        """A copy of `model` whose buffers of these names are copied, too."""
+        originals = dict(model.named_buffers())
+        buffers = []
+        for name in sorted(own):
+            path, _, last = name.rpartition(".")
+            clone = originals[name].detach().clone()
+            module.get_submodule(path)._buffers[last] = clone
+            buffers.append((name, clone, originals[name]))
+        return cls(module, buffers)
+
+    @classmethod
+    def itself(cls, model: nn.Module) -> "View":
+        """The user's own model."""
+        return cls(model, [], keeps_hooks=False)
+
+    def refresh_buffers(self) -> None:
+        """Give the buffers of its own the values of the originals."""
+        for _, own, original in self.buffers:
+            own.copy_(original)
+
+    @contextmanager
+    def read_by(self, readers: Mapping[str, Reader]) -> Iterator[None]:
+        """Call `readers` during what follows."""
+        self.readers = readers
+        handles = [self._hook(name) for name in readers if name not in self.hooked]
+        if self.keeps_hooks:
+            self.hooked.update(readers)
+        try:
+            yield
+        finally:
+            self.readers = {}
+            if not self.keeps_hooks:
+                for handle in handles:
+                    handle.remove()
+
+    def _hook(self, name: str) -> torch.utils.hooks.RemovableHandle:
+        def dispatch(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+            reader = self.readers.get(name)
+            if reader is not None:
+                reader(module, args, output)
+
+        return self.module.get_submodule(name).register_forward_hook(dispatch)
+
+
+@dataclass
+class Watch:
+    """How the user's model looked: notices what happens to it, in tens of microseconds.
+
+    Replaced modules and tensors are noticed by identity, in-place changes by autograd's version
+    counters. Changes through `.data` leave no version, so one value of each tensor, the largest,
+    is compared too.
+
+    Attributes:
+        places: Dictionary, key and value of every module, parameter and buffer.
+        tensors: Parameters and buffers with memory, with where it begins and their versions.
+        samples: By dtype and device, views of one entry of each parameter, and their values.
+        fingerprint: Once it is computed.
+    """
+
+    places: Sequence[tuple[Mapping[str, object], str, object]]
+    tensors: list[tuple[Tensor, int, int]]
+    samples: list[tuple[list[Tensor], Tensor]]
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Watch":
+        """As it is now."""
+        places, tensors = [], []
+        for module in model.modules():
+            for owner in (module._modules, module._parameters, module._buffers):
+                places += [(owner, name, value) for name, value in owner.items()]
+        for _, _, value in places:
+            if isinstance(value, Tensor):
+                tensors.append((value, _address(value), _version(value)))
+        return cls(places, tensors, _samples([tensor for tensor, *_ in tensors]))
+
+    def same_tensors(self) -> bool:
+        """Whether every module and tensor is where it was."""
+        return all(owner.get(name) is value for owner, name, value in self.places) and all(
+            _address(tensor) == address for tensor, address, _ in self.tensors
+        )
+
+    def same_values(self) -> bool:
+        """Whether no tensor was changed in place."""
+        return all(_version(tensor) == version for tensor, _, version in self.tensors) and all(
+            torch.equal(torch.stack(views), values) for views, values in self.samples
+        )
+
+
+def _samples(tensors: list[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+                flat = tensor.detach().flatten()
+                if flat.data_ptr() == tensor.data_ptr():  # a view, no copy
+                    largest = flat[int(flat.abs().argmax())]
+                    groups.setdefault((tensor.dtype, tensor.device), []).append(largest)
+        return [(views, torch.stack(views)) for views in groups.values()]
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
