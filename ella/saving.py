@@ -135,7 +135,8 @@ def describe(value: Any) -> Json:  # noqa: ANN401
     if is_dataclass(value) and type(value).__module__.split(".")[0] == "ella":
         named = {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"type": type(value).__name__, **named}
-    return {"type": "custom", "name": type(value).__qualname__}
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return {"type": "custom", "name": name}
 
 
 def custom_names(description: Json, name: str = "object") -> list[str]:

@@ -22,6 +22,7 @@ from ella import (
     Training,
 )
 from ella.linearize import Linearized
+from ella.saving import State
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. the best prior precision")
 
@@ -383,43 +384,114 @@ def test_a_file_that_is_not_ours(setting, tmp_path):
 # NeuralEF
 
 
-class Eigennetwork(nn.Module):
-    """From inputs to (n, c, k)."""
+class Affine(nn.Module):
+    """From vectors to (n, c, k); first weights from the global generator, as torch's are."""
 
-    def __init__(self, k, c=CLASSES):
+    def __init__(self, num_inputs, shape, generator):
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(4, c * k), nn.Unflatten(1, (c, k))).double()
+        self.given, self.seen = (num_inputs, shape), 0
+        self.net = nn.Sequential(nn.Linear(num_inputs, shape[0] * shape[1]))
+
+    def standardize(self, features):
+        self.seen = len(features)
 
     def forward(self, x):
-        return self.net(x)
+        return self.net(x).unflatten(1, self.given[1])
 
 
-def test_a_network_of_the_users_own(setting, tmp_path):
-    network = Eigennetwork(3)
-    kept = {name: t.clone() for name, t in network.state_dict().items()}
-    ella = setting.fit(neural(network=network))
-    assert all(torch.equal(t, kept[name]) for name, t in network.state_dict().items())
+@pytest.mark.parametrize("reads", ["activations", "inputs"])
+def test_a_network_of_the_users_own(setting, reads, tmp_path):
+    state = torch.get_rng_state()
+    ella = setting.fit(neural(network=Affine, reads=reads))
+    assert torch.equal(torch.get_rng_state(), state)
+    network = ella._fitted().eigenfunctions.basis.network
+    # Activations of the model (4, 6, CLASSES wide) are more numbers than the inputs.
+    num_inputs = (
+        4 if reads == "inputs" else ella._fitted().eigenfunctions.taps(setting.x)[1].shape[1]
+    )
+    assert network.given == (num_inputs, (CLASSES, 3))
+    assert (num_inputs == 4) == (reads == "inputs")
+    assert network.seen == 64
     probs = ella.predict_proba(setting.test_x)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.initial_seed()) + 1)  # its state must not matter
+        twin = setting.fit(neural(network=Affine, reads=reads))
+    assert torch.equal(twin.predict_proba(setting.test_x), probs)
     ella.save(tmp_path / "ella.safetensors")
-    with pytest.raises(ValueError, match=r"custom network \(Eigennetwork\).*`eigenfunctions="):
+    with pytest.raises(ValueError, match=r"custom network \(Affine\).*`eigenfunctions="):
         ELLA.load(tmp_path / "ella.safetensors", setting.model)
     again = ELLA.load(
         tmp_path / "ella.safetensors",
         setting.model,
-        eigenfunctions=neural(network=network),
+        eigenfunctions=neural(network=Affine),
         progress=False,
     )
     assert torch.equal(again.predict_proba(setting.test_x), probs)
 
 
-@pytest.mark.parametrize("network", [Eigennetwork(2), Eigennetwork(1), Eigennetwork(3, c=2)])
+@pytest.mark.parametrize("shape", [(3, 2), (3, 1), (2, 3)])
 @pytest.mark.parametrize("phase", ["teacher", "training"])
-def test_a_network_of_the_wrong_shape(setting, network, phase):
+def test_a_network_of_the_wrong_shape(setting, shape, phase):
     phases = {"teacher": None, "training": None, phase: SHORT}
+
+    def wrong(num_inputs, _, generator):
+        return Affine(num_inputs, shape, generator)
+
     with pytest.raises(ValueError, match=r"`network` must return \(n, c, k\) = \(n, 3, 3\)"):
-        setting.fit(neural(network=network, **phases))
+        setting.fit(neural(network=wrong, **phases))
+
+
+def test_a_built_in_network_on_the_inputs(setting, tmp_path):
+    ella = setting.fit(neural(reads="inputs"))
+    fitted = ella._fitted().eigenfunctions
+    assert fitted.basis.network.num_inputs == 4
+    inputs = setting.test_x
+    assert torch.equal(fitted(inputs).factor, fitted.basis.features(inputs))
+    ella.save(tmp_path / "ella.safetensors")
+    again = ELLA.load(tmp_path / "ella.safetensors", setting.model, progress=False)
+    assert torch.equal(again.predict_proba(inputs), ella.predict_proba(inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("conv", "reads vectors; got inputs of shape"), ("tuple", "one tensor")]
+)
+def test_inputs_that_a_network_cannot_read(name, message):
+    with pytest.raises(ValueError, match=message):
+        Setting(name).fit(neural(reads="inputs"))
+
+
+@pytest.mark.parametrize("reads", ["activations", "inputs"])
+def test_files_of_before_eigenvalues_were_kept_apart(setting, reads, tmp_path):
+    """They hold A√μ, and of a network only whether it reads the inputs."""
+    method = neural() if reads == "activations" else neural(network=Affine, reads=reads)
+    fitted = setting.fit(method)._fitted().eigenfunctions
+    tensors, settings = dict(fitted.state().tensors), dict(fitted.state().settings)
+    tensors["mixing"] = tensors["mixing"] * tensors.pop("eigenvalues").sqrt()
+    settings["reads_inputs"] = settings.pop("made")["reads"] == "inputs"
+    options = {"trainable": (), "memory_budget": 2**20}
+
+    def known(num_inputs, shape, generator):
+        return Affine(4, (CLASSES, 3), generator)
+
+    state = State(tensors, settings)
+    restored = neural(network=known).restore(fitted.taps.network, state, **options)
+    one, two = restored(setting.test_x), fitted(setting.test_x)
+    torch.testing.assert_close(one.factor, two.factor)
+    torch.testing.assert_close(one.residual, two.residual)
+
+
+def test_neural_features_hold_eigenpairs_of_the_kernel(setting):
+    """ψA is orthonormal on the sample, and diagonalises the NTK in its own units."""
+    method = neural(num_directions=64, augment=None, residual="none")
+    linearized = Linearized(setting.model)
+    sample = method.sample(linearized, setting.loader, seed=0, progress=False)
+    basis = method.learn(sample, seed=0, progress=False).basis
+    psi = basis(sample.activations).flatten(0, 1)
+    s = sample.kernel_features.flatten(0, 1) / sample.scale
+    n = len(sample.activations)
+    eye = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(psi.T @ psi / n, eye)
+    torch.testing.assert_close(psi.T @ s @ (s.T @ psi) / n**2, basis.eigenvalues.diag())
 
 
 @pytest.mark.parametrize("objective", [NestedLoRA(), NeuralEFObjective()], ids=repr)
@@ -535,7 +607,7 @@ def test_neural_state_does_not_grow_with_the_weights(setting):
         model = nn.Sequential(
             nn.Linear(4, width), nn.Linear(width, 6), nn.Tanh(), nn.Linear(6, CLASSES)
         ).double()
-        method = neural(network=Eigennetwork(3))
+        method = neural(network=Affine, reads="inputs")
         ella = ELLA(model, eigenfunctions=method, residual="none", progress=False)
         sizes.append(ella.fit(setting.loader).state_bytes)
     assert sizes[0] == sizes[1]
@@ -748,6 +820,8 @@ def test_bad_method_settings():
         Nystrom(rank=0)
     with pytest.raises(ValueError, match="`width` must be at least 1; got 0"):
         NeuralEF(width=0)
+    with pytest.raises(ValueError, match="`reads` must be one of 'activations', 'inputs'"):
+        NeuralEF(reads="weights")
     with pytest.raises(ValueError, match="needs `teacher` or `training`"):
         NeuralEF(teacher=None, training=None)
 

@@ -17,6 +17,7 @@ from ella.spectral import (
     Population,
     Samples,
     Schrodinger,
+    SpectralLoss,
     Training,
     Views,
     WholeGraph,
@@ -25,7 +26,6 @@ from ella.spectral import (
     ritz_head,
     train,
 )
-from ella.spectral.train import held_out_loss
 
 
 def seeded(seed=0):
@@ -257,6 +257,12 @@ def test_bound_states_are_eigenfunctions_at_every_point():
     torch.testing.assert_close(problem.energies(3 * (10 - energies)), energies)
 
 
+def test_a_network_without_derivatives_is_refused():
+    problem = oscillator(2, shift=10.0)
+    with pytest.raises(TypeError, match="a method `jet`, such as ParallelMLP; Linear has none"):
+        problem.evaluate(nn.Linear(2, 3), problem.held_out())
+
+
 def test_importance_weights_make_batch_means_integrals():
     problem = oscillator(2, shift=10.0)
     psi, _ = problem.evaluate(Known(), problem.batch(200_000, seeded(1)))
@@ -333,7 +339,8 @@ def test_training_from_the_closed_form_start_is_better_than_the_start():
     body = ParallelMLP(1, 2, width=4, generator=seeded())
     network = ritz_head(body, kernel, x, 4)
     problem = Samples(kernel, x, x, generator=seeded())
-    before = held_out_loss(network, problem, NestedLoRA())
+    loss = SpectralLoss(problem, NestedLoRA())
+    before = loss.held_out(network)
     training = Training(steps=300, batch_size=256, learning_rate=1e-3, weight_decay=0)
-    train(network, problem, NestedLoRA(), training, generator=seeded(), progress=False)
-    assert held_out_loss(network, problem, NestedLoRA()) < before
+    train(network, loss, training, generator=seeded(), progress=False)
+    assert loss.held_out(network) < before

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from ella.spectral import (
     RBF,
+    Eigenbasis,
     FeatureKernel,
+    Graph,
     Moments,
     NestedLoRA,
     NeuralEFObjective,
@@ -16,15 +19,18 @@ from ella.spectral import (
     Regression,
     ResidualMLP,
     Samples,
-    Teacher,
+    SpectralLoss,
     TraceObjective,
     Training,
+    Views,
+    WholeGraph,
+    feature_ritz,
     leading_eigenpairs,
+    least_squares,
     numerical_eigenpairs,
     rayleigh_ritz,
     train,
 )
-from ella.spectral.train import held_out_loss
 
 N, C, R, K = 9, 2, 7, 4
 OBJECTIVES = [NestedLoRA(), NestedLoRA(nested=False), NeuralEFObjective(), TraceObjective()]
@@ -73,20 +79,16 @@ def mixed(space, objective, scale=1.0):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("scale", [1.0, 0.2])
 def test_gradient_vanishes_at_the_eigenfunctions(space, objective, scale):
-    raw = mixed(space, objective, scale).requires_grad_()
-    psi, tpsi = objective.normalize(raw, space.apply(raw.detach()))
-    fixed = psi.detach()
-    psi.backward(objective.gradient(fixed, tpsi, fixed))
-    torch.testing.assert_close(raw.grad, torch.zeros_like(raw), rtol=0, atol=1e-10)
+    psi = mixed(space, objective, scale)
+    gradient = objective.gradient(psi, space.apply(psi), psi)
+    torch.testing.assert_close(gradient, torch.zeros_like(psi), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_gradient_does_not_vanish_elsewhere(space, objective):
-    raw = normal(N, C, K, seed=3).requires_grad_()
-    psi, tpsi = objective.normalize(raw, space.apply(raw.detach()))
-    fixed = psi.detach()
-    psi.backward(objective.gradient(fixed, tpsi, fixed))
-    assert (raw.grad.flatten(0, 1).norm(dim=0) > 1e-2).all()
+    psi = normal(N, C, K, seed=3)
+    gradient = objective.gradient(psi, space.apply(psi), psi)
+    assert (gradient.flatten(0, 1).norm(dim=0) > 1e-2).all()
 
 
 def test_only_nesting_cares_about_rotations(space):
@@ -111,16 +113,14 @@ def derivative(function, at):
     return out
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES[:2], Regression()], ids=repr)
+@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=repr)
 def test_gradient_is_the_derivative_of_the_loss(space, objective):
-    psi, target = normal(N, C, 3, seed=1), normal(N, C, 3, seed=2)
+    psi = normal(N, C, 3, seed=1)
 
     def loss(psi):
-        tpsi = target if isinstance(objective, Regression) else space.apply(psi)
-        return objective.loss(psi, tpsi, psi)
+        return objective.loss(psi, space.apply(psi), psi)
 
-    tpsi = target if isinstance(objective, Regression) else space.apply(psi)
-    assert_near(objective.gradient(psi, tpsi, psi), derivative(loss, psi), 1e-6)
+    assert_near(objective.gradient(psi, space.apply(psi), psi), derivative(loss, psi), 1e-6)
 
 
 def test_neuralef_gradient_is_the_derivative_with_earlier_columns_fixed(space):
@@ -173,11 +173,36 @@ def test_trace_objective_is_its_formula_and_its_gradient(space):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_neuralef_normalizes_each_function():
-    raw = 5 * normal(N, C, K)
-    psi, tpsi = NeuralEFObjective().normalize(raw, 3 * raw)
-    assert_near(psi.square().sum((0, 1)) / N, torch.ones(K, dtype=torch.float64))
-    assert_near(tpsi, 3 * psi)
+def test_neuralef_does_not_see_the_scale_of_a_function(space):
+    objective, psi, other = NeuralEFObjective(), normal(N, C, K), normal(N, C, K, seed=1)
+    tpsi, factors = space.apply(other), torch.tensor([5.0, 0.1, 2.0, 1.0]).double()
+    scaled = [each * factors for each in (psi, tpsi, other)]
+    assert objective.loss(*scaled) == pytest.approx(objective.loss(psi, tpsi, other), rel=1e-12)
+    gradient = objective.gradient(psi, tpsi, other)
+    assert_near(objective.gradient(*scaled) * factors, gradient)
+
+
+def test_neuralef_normalises_over_the_whole_batch(space):
+    """On two halves the gradient is that through an explicit division by the batch's norms."""
+    objective, raw = NeuralEFObjective(), normal(8, C, K, seed=9).requires_grad_()
+    problem = Samples(FeatureKernel(), space.s, space.s, generator=torch.Generator())
+    psi = raw / (raw.square().sum((0, 1)) / 8).sqrt()
+    fixed, total = psi.detach(), torch.zeros_like(psi)
+    for rows, sources in problem.pairs(8):
+        tpsi = FeatureKernel().apply(space.s[:8][rows], space.s[:8][sources], fixed[sources])
+        r = torch.einsum("nci,ncj->ij", fixed[rows], tpsi) / 4
+        for j in range(K):
+            part = tpsi[..., j] - sum(
+                (r[i, j] / r[i, i] if r[i, i] > 0 else 0) * tpsi[..., i] for i in range(j)
+            )
+            total[rows, :, j] = -2 * part / 4 / 2
+    psi.backward(total)
+    found = torch.zeros_like(total)
+    for rows, sources in problem.pairs(8):
+        tpsi = FeatureKernel().apply(space.s[:8][rows], space.s[:8][sources], raw[sources])
+        half = objective.gradient(raw[rows], tpsi, raw[sources]) / 2
+        found[rows] = half.detach()
+    assert_near(found, raw.grad)
 
 
 # (h) Rayleigh-Ritz
@@ -201,6 +226,27 @@ def test_ritz_is_orthonormal_and_diagonal_in_any_span(space):
     assert_near(flat.T @ flat / N, torch.eye(K, dtype=torch.float64))
     assert_near(flat.T @ tflat / N, torch.diag(values))
     assert (values <= space.values[:K] + 1e-12).all()  # never above the true ones
+
+
+def test_ritz_from_features_is_ritz_with_the_whole_operator(space):
+    psi = normal(N, C, K, seed=7)
+    for found, expected in zip(
+        feature_ritz(psi, space.s), rayleigh_ritz(Moments.of(psi, space.apply(psi))), strict=True
+    ):
+        assert_near(found.abs(), expected.abs())
+    assert feature_ritz(psi.float(), space.s.float())[1].dtype == torch.float64
+
+
+def test_features_of_a_basis_make_the_kernel():
+    network, x = nn.Linear(3, K, bias=False).double(), normal(N, C, 3)
+    mixing, eigenvalues = normal(K, 3), torch.tensor([2.0, 0.5, -1.0]).double()
+    basis = Eigenbasis(network, mixing, eigenvalues)
+    slow = basis(x) * torch.tensor([2**0.5, 0.5**0.5, 0.0], dtype=torch.float64)
+    assert_near(basis.features(x), slow)
+    assert_near(basis.scaled(network(x)).detach(), slow)
+    single = basis.to(torch.zeros(1))
+    assert single.mixing.dtype == single.eigenvalues.dtype == torch.float32
+    assert_near(single.features(x), slow, 1e-6)
 
 
 def test_ritz_drops_directions_that_add_nothing(space):
@@ -244,11 +290,6 @@ def test_feature_kernel_equals_the_dense_sum(space):
     dense = torch.einsum("ncr,mdr->ncmd", space.s, sources)
     expected = torch.einsum("ncmd,mdk->nck", dense, values) / 5
     assert_near(FeatureKernel().apply(space.s, sources, values), expected)
-
-
-def test_teacher_ignores_the_function():
-    x = normal(3, C, K)
-    assert Teacher().apply(x, x[:1], normal(1, C, K)) is x
 
 
 @pytest.mark.parametrize(
@@ -309,6 +350,89 @@ def test_more_eigenpairs_than_the_matrix_carries():
         leading_eigenpairs(root @ root.T, 6)
 
 
+# Losses
+
+
+def problems(name):
+    x, generator = normal(40, 2), torch.Generator().manual_seed(2)
+    if name == "samples":
+        return Samples(RBF(), x, x, generator=generator)
+    if name == "views":
+        return Views(
+            x,
+            lambda z, g: z + torch.randn(z.shape, generator=g, dtype=z.dtype),
+            generator=generator,
+        )
+    return WholeGraph(Graph(torch.randint(40, (2, 90), generator=generator), 40), x.float())
+
+
+@pytest.mark.parametrize("name", ["samples", "views", "graph"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_gradient_of_a_spectral_loss_is_the_objectives(name, objective):
+    """Row by row through the Jacobian of the network."""
+    problem = problems(name)
+    loss, network = SpectralLoss(problem, objective), make_network(k=3, width=5).eval()
+    batch = loss.batch(10, torch.Generator().manual_seed(3))
+    network.to(problem.held_out() if name == "views" else getattr(problem, "inputs", normal(1)))
+    psi, tpsi = problem.evaluate(network, batch)
+    fixed, total = psi.detach(), torch.zeros_like(psi)
+    pairs = problem.pairs(len(psi))
+    for rows, sources in pairs:
+        total[rows] = objective.gradient(fixed[rows], tpsi[rows], fixed[sources]) / len(pairs)
+    weight = network.linear.weight
+    expected = sum(
+        torch.autograd.grad(each, weight, retain_graph=True)[0] * factor
+        for each, factor in zip(psi.flatten(), total.flatten(), strict=True)
+    )
+    (found,) = torch.autograd.grad(loss(network, batch), weight)
+    torch.testing.assert_close(found, expected)
+    held, theld = problem.evaluate(network, problem.held_out())
+    values = [objective.loss(held[a], theld[a], held[b]) for a, b in problem.pairs(len(held))]
+    assert loss.held_out(network) == pytest.approx(sum(values) / len(values))
+
+
+def test_regression_is_the_plain_mean():
+    x, y, generator = normal(30, 2), normal(30, 1, 3, seed=1), torch.Generator().manual_seed(4)
+    loss, network = Regression(x, y, generator=generator), make_network(k=3).double()
+    batch = loss.batch(7, generator)
+    for rows, found in ((batch, loss(network, batch).item()), (loss.held, loss.held_out(network))):
+        errors = [(network(x[i : i + 1])[0] - y[i]).square().sum().item() for i in rows.tolist()]
+        assert found == pytest.approx(sum(errors) / len(rows))
+
+
+def test_regression_gives_the_criterion_all_targets_of_the_same_examples():
+    x, y, z = torch.arange(20.0), torch.arange(20) * 2, torch.arange(20) * 3
+
+    def criterion(outputs, first, second):
+        assert torch.equal(first, outputs * 2)
+        assert torch.equal(second, outputs * 3)
+        return outputs.sum()
+
+    loss = Regression(x, y, z, generator=torch.Generator(), criterion=criterion, holdout=0.25)
+    assert loss.held_out(nn.Identity()) == x[loss.held].sum()
+    assert loss(nn.Identity(), torch.tensor([3, 1])) == 4
+    with pytest.raises(ValueError, match="a row for each of the 20 inputs; got 20, 19"):
+        Regression(x, y, z[1:], generator=torch.Generator())
+
+
+def test_held_out_examples_are_never_in_a_batch(generator):
+    x = torch.arange(40.0)
+    losses = [
+        Regression(x, x, generator=generator, holdout=0.25),
+        SpectralLoss(Samples(RBF(), x, x, generator=generator, holdout=0.25), NestedLoRA()),
+    ]
+    for loss in losses:
+        drawn = set(loss.batch(2000, generator).tolist())
+        held = loss.held if isinstance(loss, Regression) else loss.problem.held
+        assert len(held) == 10
+        assert drawn == set(range(40)) - set(held.tolist())
+
+
+def test_least_squares():
+    outputs, targets = normal(3, 2), normal(3, 2, seed=1)
+    assert_near(least_squares(outputs, targets), ((outputs - targets) ** 2).sum(1).mean())
+
+
 # Training
 
 
@@ -333,7 +457,8 @@ def test_training_reaches_the_eigenvalues_of_the_gram_matrix(objective, generato
         steps=2000, batch_size=256, learning_rate=1e-2, weight_decay=0, patience=20
     )
     problem = Samples(kernel, x, x, generator=generator, holdout=0.2)
-    train(network, problem, objective, settings, generator=generator, progress=False)
+    loss = SpectralLoss(problem, objective)
+    train(network, loss, settings, generator=generator, progress=False)
     with torch.no_grad():
         psi = network(x)
     values, _ = rayleigh_ritz(Moments.of(psi, kernel.apply(x, x, psi)))
@@ -347,9 +472,9 @@ def short_run(generator, seed=0, **settings):
     network = make_network(k=2, dropout=0.1, width=8)
     chosen = Training(**{"steps": 20, "batch_size": 16, **settings})
     generator = torch.Generator().manual_seed(seed)
-    problem = Samples(RBF(), x, x, generator=generator)
-    history = train(network, problem, NestedLoRA(), chosen, generator=generator, progress=False)
-    return network, problem, history
+    loss = SpectralLoss(Samples(RBF(), x, x, generator=generator), NestedLoRA())
+    history = train(network, loss, chosen, generator=generator, progress=False)
+    return network, loss, history
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone(generator):
@@ -368,10 +493,9 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone(generat
 
 def test_training_keeps_the_best_weights(generator):
     # A rate so high that the objective goes up and down.
-    network, problem, history = short_run(generator, learning_rate=0.5, steps=40)
+    network, loss, history = short_run(generator, learning_rate=0.5, steps=40)
     assert min(history) < history[-1]
-    value = held_out_loss(network, problem, NestedLoRA())
-    assert value == pytest.approx(min(history))
+    assert loss.held_out(network) == pytest.approx(min(history))
     assert not network.training
 
 
@@ -386,11 +510,43 @@ def test_training_that_diverges_says_so(generator):
         short_run(generator, learning_rate=1e30)
 
 
+class Unknown:
+    """A loss of one weight whose value nobody can tell."""
+
+    def batch(self, size, generator):
+        return None
+
+    def __call__(self, network, batch):
+        return network.weight.sum()
+
+    def held_out(self, network):
+        return math.nan
+
+
+def test_a_loss_that_was_never_finite_is_refused(generator):
+    with pytest.raises(ValueError, match="held-out loss was never finite"):
+        train(nn.Linear(1, 1), Unknown(), Training(steps=3), generator=generator, progress=False)
+
+
+def test_regression_learns_a_linear_map(generator):
+    x = torch.randn(200, 3, generator=generator)
+    y = x @ torch.randn(3, 2, generator=generator)
+    network, loss = nn.Linear(3, 2), Regression(x, y, generator=generator)
+    chosen = Training(steps=300, batch_size=32, learning_rate=0.05, weight_decay=0)
+    history = train(network, loss, chosen, generator=generator, progress=False)
+    assert min(history) < 1e-4
+    torch.testing.assert_close(network(x), y, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_training_needs_two_halves(n, generator):
     x = torch.zeros(n, 2)
     with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
         Samples(RBF(), x, x, generator=generator)
+    with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
+        Regression(x, x, generator=generator)
+    with pytest.raises(ValueError, match=f"at least 4 examples; got {n}"):
+        Views(x, lambda z, _: z, generator=generator)
 
 
 def test_network_standardizes_and_rebuilds():

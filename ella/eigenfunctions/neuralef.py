@@ -1,9 +1,8 @@
 """Neural eigenfunctions of the NTK: φ(x) for the price of one forward pass."""
 
-import copy
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +25,23 @@ from ella.network import Network
 from ella.predictive import LogitGaussian
 from ella.saving import State
 from ella.spectral import (
+    Eigenbasis,
     FeatureKernel,
-    Moments,
     NestedLoRA,
     Objective,
     Regression,
     ResidualMLP,
     Samples,
-    Teacher,
+    SpectralLoss,
     Training,
-    rayleigh_ritz,
+    feature_ritz,
     train,
 )
 
 RESIDUALS = ("diag", "factor", "none")
+READS = ("activations", "inputs")
+NetworkFactory = Callable[[int, tuple[int, int], torch.Generator], nn.Module]
+"""`(num_inputs, (c, k), generator)` ↦ a module whose outputs have shape (n, c, k)."""
 LEARNING_STREAM = 2**32
 """Added to the seed, so that batches are not drawn like the Jacobian's rows."""
 
@@ -52,9 +54,9 @@ class NeuralEF:
     2. **Kernel**: the NTK is restricted to the span of `num_directions` sampled rows of the
        Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once. κ ≈ SSᵀ within that
        span, which must be larger than `rank`; what lies outside counts as residual.
-    3. **Network**: ψ reads frozen activations of the classifier (or, if `network` is given, the
-       inputs themselves). It starts from `teacher`: regression onto the k leading eigenfunctions
-       of SSᵀ on those inputs; `training`, if given, then minimises `objective` on ψ and Tψ.
+    3. **Network**: ψ reads frozen activations of the classifier, or the inputs themselves. It
+       starts from `teacher`: regression onto the k leading eigenfunctions of SSᵀ on those inputs;
+       `training`, if given, then minimises `objective` on ψ and Tψ.
     4. **Rayleigh-Ritz** in float64 over all inputs gives φ = ψA√μ.
     5. **Residual**: a second network learns R = κ(x, x) − φφᵀ by regression: its log diagonal
        ("diag"), or a factor L with R = LLᵀ ("factor").
@@ -66,8 +68,12 @@ class NeuralEF:
     Attributes:
         rank: k.
         objective: What `training` minimises; `NestedLoRA` or `NeuralEFObjective`.
-        network: A module from inputs to (n, c, k), copied at `fit`; None builds a `ResidualMLP` on
-            the classifier's own activations.
+        network: Makes the eigen-network: `(num_inputs, (c, k), generator)` ↦ a module with outputs
+            (n, c, k), with first weights from the generator (or the global one, which is seeded
+            and restored). One that has a method `standardize` is given all it will learn from.
+            None makes a `ResidualMLP` of `width` and `depth`.
+        reads: What the network is fed: "activations", vectors (n, d); or "inputs", which have to
+            be one tensor, and `num_inputs` is how many numbers one example holds.
         num_inputs: Inputs to learn from.
         augment: Makes inputs that look unseen; None uses each training input once, as it is.
         num_directions: Rows of the Jacobian whose span carries the kernel; fewer if four times the
@@ -85,7 +91,8 @@ class NeuralEF:
 
     rank: int = 64
     objective: Objective = field(default_factory=NestedLoRA)
-    network: nn.Module | None = None
+    network: NetworkFactory | None = None
+    reads: str = "activations"
     num_inputs: int = 10_000
     augment: Augmentation | None = field(default_factory=Perturb)
     num_directions: int = 256
@@ -101,6 +108,7 @@ class NeuralEF:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
         if self.depth < 0:
             raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
+        check_choice("reads", self.reads, READS)
         check_residual(self.residual)
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
@@ -111,8 +119,8 @@ class NeuralEF:
         """See `EigenfunctionMethod.fit`.
 
         Raises:
-            ValueError: If the data carry fewer than `rank` directions, or `network` returns
-                another shape.
+            ValueError: If the data carry fewer than `rank` directions, the network cannot read the
+                inputs, or `network` returns another shape.
         """
         sample = self.sample(linearized, loader, seed=seed, progress=progress)
         return self.learn(sample, seed=seed, progress=progress)
@@ -142,36 +150,29 @@ class NeuralEF:
 
         Raises:
             ValueError: If `residual` needs blocks that the sample lacks, the sample spans fewer
-                than `rank` directions, or `network` returns another shape.
+                than `rank` directions, the network cannot read the inputs, or `network` returns
+                another shape.
         """
-        if self.residual == "factor" and sample.blocks is None:
-            raise ValueError(
-                'residual="factor" needs exact Jacobians, which are too dear for '
-                f'{sample.diagonal.shape[1]} outputs. Use residual="diag".'
-            )
+        if self.residual == "factor":
+            exact_blocks(sample)  # that is, fail before the long part
         target = sample.teacher(self.rank)
-        inputs = sample.activations if self.network is None else sample.inputs
+        inputs = self._fed(sample)
+        made = Made(self.reads, inputs[0].numel(), (sample.diagonal.shape[1], self.rank))
         generator = torch.Generator().manual_seed(seed + LEARNING_STREAM)
-        network = self._network(sample, generator)
-        self._check_network(network, inputs, sample)
-        options: dict[str, Any] = {"generator": generator, "progress": progress}
+        network = self._network(made, inputs, sample.activations, generator)
         if self.teacher is not None:
-            problem = Samples(Teacher(), inputs, target, generator=generator)
-            train(network, problem, Regression(), self.teacher, **options)
+            known = Regression(inputs, target, generator=generator)
+            train(network, known, self.teacher, generator=generator, progress=progress)
         if self.training is not None:
-            s = sample.kernel_features
-            problem = Samples(FeatureKernel(), inputs, s, generator=generator)
-            train(network, problem, self.objective, self.training, **options)
+            problem = Samples(FeatureKernel(), inputs, sample.kernel_features, generator=generator)
+            loss = SpectralLoss(problem, self.objective)
+            train(network, loss, self.training, generator=generator, progress=progress)
         psi = evaluate(network, inputs)
-        mixing = self._ritz(psi, sample)
-        learned = self._fit_residual(sample, psi @ mixing, options)
-        return NeuralFeatures(
-            sample.taps,
-            network,
-            mixing / sample.scale,
-            learned,
-            reads_inputs=self.network is not None,
-        )
+        eigenvalues, mixing = feature_ritz(psi, sample.kernel_features)
+        basis = Eigenbasis(network, mixing, eigenvalues)
+        learned = self._fit_residual(sample, basis.scaled(psi), generator, progress)
+        basis = replace(basis, eigenvalues=eigenvalues / sample.scale**2)
+        return NeuralFeatures(sample.taps, basis.to(psi), learned, made)
 
     def restore(
         self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
@@ -183,16 +184,17 @@ class NeuralEF:
         """
         taps = FeatureTaps(network, restored_taps(state))
         settings, tensors = state.settings, dict(state.tensors)
+        made = _read_made(state)
         net: nn.Module
-        if settings["reads_inputs"]:
-            if self.network is None:
-                raise ValueError(
-                    "The file holds weights of a custom eigen-network. Pass "
-                    "`eigenfunctions=NeuralEF(network=...)` with the same module to load."
-                )
-            net = copy.deepcopy(self.network)
-        else:
+        if settings["network"] is not None:
             net = _rebuild(settings["network"])
+        elif self.network is not None:
+            net = _make(self.network, made, torch.Generator())
+        else:
+            raise ValueError(
+                "The file holds weights of a custom eigen-network. Pass "
+                "`eigenfunctions=NeuralEF(network=...)` with the same factory to load."
+            )
         residual = None
         if settings["residual"] is not None:
             kind = LEARNED[settings["residual"]["kind"]]
@@ -203,7 +205,9 @@ class NeuralEF:
                 # In the file's dtype first, so that no digit of the weights is lost.
                 module.to(like).load_state_dict(_with_prefix(tensors, f"{name}."))
                 module.eval().requires_grad_(False)
-        return NeuralFeatures(taps, net, like, residual, reads_inputs=settings["reads_inputs"])
+        # Older files hold A√μ as one matrix; eigenvalues of one leave it as it is.
+        eigenvalues = tensors.get("eigenvalues", like.new_ones(like.shape[1]))
+        return NeuralFeatures(taps, Eigenbasis(net, like, eigenvalues), residual, made)
 
     def _collect(
         self, linearized: Linearized, loader: Iterable[Any], generator: torch.Generator
@@ -226,54 +230,104 @@ class NeuralEF:
             plain = 0
         return concatenate(parts)
 
-    def _network(self, data: KernelSample, generator: torch.Generator) -> nn.Module:
-        if self.network is not None:
-            return copy.deepcopy(self.network).requires_grad_(True)
-        c = data.diagonal.shape[1]
-        d = data.activations.shape[1]
-        shape = (c, self.rank)
-        network = ResidualMLP(d, shape, width=self.width, depth=self.depth, generator=generator)
-        network.to(data.activations).standardize(data.activations)
+    def _fed(self, sample: KernelSample) -> Tensor:
+        """What the network reads of the sample."""
+        if self.reads == "activations":
+            return sample.activations
+        if not isinstance(sample.inputs, Tensor):
+            raise ValueError(
+                'reads="inputs" needs inputs that are one tensor; got '
+                f'{type(sample.inputs).__name__}. Use reads="activations".'
+            )
+        if self.network is None and sample.inputs.ndim != 2:
+            raise ValueError(
+                f"The built-in network reads vectors; got inputs of shape (n, "
+                f"{', '.join(map(str, sample.inputs.shape[1:]))}). Pass `network`, or use "
+                'reads="activations".'
+            )
+        return sample.inputs
+
+    def _network(
+        self, made: "Made", inputs: Tensor, like: Tensor, generator: torch.Generator
+    ) -> nn.Module:
+        """A network with its first weights, in the dtype and on the device of a tensor."""
+        network = _make(self.network or self._built_in, made, generator).to(like)
+        if isinstance(network, Standardizing):
+            network.standardize(inputs)
+        with torch.no_grad():
+            psi = network.eval()(inputs[:2])
+        if psi.shape[1:] != made.shape:
+            c, k = made.shape
+            raise ValueError(
+                f"`network` must return (n, c, k) = (n, {c}, {k}); got {tuple(psi.shape)}."
+            )
         return network
 
-    def _check_network(self, network: nn.Module, inputs: Inputs, data: KernelSample) -> None:
-        with torch.no_grad():
-            psi = network.eval()(take(inputs, slice(2)))
-        c = data.diagonal.shape[1]
-        if psi.shape[1:] != (c, self.rank):
-            raise ValueError(
-                f"`network` must return (n, c, k) = (n, {c}, {self.rank}); got {tuple(psi.shape)}."
-            )
-
-    def _ritz(self, psi: Tensor, data: KernelSample) -> Tensor:
-        """A√μ, shape (k, k'): Rayleigh-Ritz with E[ψᵀTψ] = WWᵀ, W = E[ψᵀS]."""
-        flat, s = psi.double().flatten(0, 1), data.kernel_features.flatten(0, 1)
-        w = flat.new_zeros(self.rank, s.shape[1])
-        for part in slices(len(s), 2**16):  # float64 copies of S, a part at a time
-            w += flat[part].T @ s[part].double()
-        w /= len(psi)
-        values, mixing = rayleigh_ritz(Moments(flat.T @ flat, w @ w.T * len(psi), len(psi)))
-        return (mixing * values.clamp_min(0).sqrt()).to(psi)
+    def _built_in(
+        self, num_inputs: int, shape: tuple[int, int], generator: torch.Generator
+    ) -> nn.Module:
+        return ResidualMLP(
+            num_inputs, shape, width=self.width, depth=self.depth, generator=generator
+        )
 
     def _fit_residual(
-        self, data: KernelSample, phi: Tensor, options: dict[str, Any]
+        self,
+        data: KernelSample,
+        phi: Tensor,
+        generator: torch.Generator,
+        progress: bool,
     ) -> LearnedResidual | None:
         """The second network, in the units of the kernel."""
-        settings = self.teacher or self.training or Training()
         learned: LearnedResidual
+        settings = self.teacher or self.training or Training()
+        read = data.activations
         if self.residual == "none":
             return None
         if self.residual == "factor":
-            assert data.blocks is not None  # as `learn` has checked
             learned = FactorResidual.fitted(
-                data.activations, phi, data.blocks, settings, min(self.width, 256), options
+                read,
+                phi,
+                exact_blocks(data),
+                settings,
+                min(self.width, 256),
+                generator=generator,
+                progress=progress,
             )
         else:
             learned = DiagonalResidual.fitted(
-                data.activations, phi, data.diagonal, settings, min(self.width, 128), options
+                read,
+                phi,
+                data.diagonal,
+                settings,
+                min(self.width, 128),
+                generator=generator,
+                progress=progress,
             )
         learned.rescale(data.scale**-2)
         return learned
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an eigen-network was made for, so that a saved one can be made again.
+
+    Attributes:
+        reads: "activations" or "inputs".
+        num_inputs: Numbers it reads of one example.
+        shape: (c, k).
+    """
+
+    reads: str
+    num_inputs: int
+    shape: tuple[int, int]
+
+
+@runtime_checkable
+class Standardizing(Protocol):
+    """A network that can be told the mean and scale of what it reads."""
+
+    def standardize(self, features: Tensor) -> None:
+        """Set both from examples."""
 
 
 LEARNED: dict[str, type[LearnedResidual]] = {
@@ -286,59 +340,55 @@ class NeuralFeatures:
 
     Args:
         taps: Read the classifier's activations.
-        network: ψ.
-        mixing: A√μ, shape (k, k').
+        basis: ψA and μ, eigenpairs of the NTK.
         residual: Gives R; None drops it.
-        reads_inputs: Whether ψ reads the inputs instead of the activations.
+        made: What ψ reads, and of what shape it is.
     """
 
     def __init__(
         self,
         taps: FeatureTaps,
-        network: nn.Module,
-        mixing: Tensor,
+        basis: Eigenbasis,
         residual: LearnedResidual | None,
-        *,
-        reads_inputs: bool,
+        made: Made,
     ) -> None:
         self.taps = taps
-        self.network = network
-        self.mixing = mixing
+        self.basis = basis
         self.residual = residual
-        self.reads_inputs = reads_inputs
+        self.made = made
 
     @torch.no_grad()
     def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
         logits, activations = self.taps(x)
-        phi = self.network(x if self.reads_inputs else activations) @ self.mixing
+        phi = self.basis.features(x if self.made.reads == "inputs" else activations)
         residual = None if self.residual is None else self.residual(activations)
         return LogitGaussian(logits, phi, residual)
 
     @property
     def rank(self) -> int:
         """K."""
-        return self.mixing.shape[1]
+        return self.basis.mixing.shape[1]
 
     def state(self) -> State:
         """See `Eigenfunctions.state`."""
-        named = {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        basis = self.basis
+        named = {f"network.{name}": t for name, t in basis.network.state_dict().items()}
         if self.residual is not None:
             state = self.residual.state_dict()
             named |= {f"residual.{name}": t for name, t in state.items()}
         residual = None
         if self.residual is not None:
-            network = self.residual.network.settings()
-            residual = {"kind": type(self.residual).__name__, "network": network}
-        described = None
-        if isinstance(self.network, ResidualMLP) and not self.reads_inputs:
-            described = self.network.settings()
+            described = self.residual.network.settings()
+            residual = {"kind": type(self.residual).__name__, "network": described}
+        network = basis.network
         return State(
-            {"mixing": self.mixing, **named},
+            {"mixing": basis.mixing, "eigenvalues": basis.eigenvalues, **named},
             {
                 "taps": [asdict(tap) for tap in self.taps.taps],
-                "reads_inputs": self.reads_inputs,
-                "network": described,
+                "made": asdict(self.made),
+                # Not `isinstance`: a class derived from it may do anything.
+                "network": network.settings() if type(network) is ResidualMLP else None,
                 "residual": residual,
             },
         )
@@ -358,11 +408,45 @@ def check_residual(residual: str) -> None:
     check_choice("residual", residual, RESIDUALS)
 
 
+def exact_blocks(sample: KernelSample) -> Tensor:
+    """κ(x, x) of a sample, shape (n, c, c).
+
+    Raises:
+        ValueError: If there were too many outputs for them.
+    """
+    if sample.blocks is None:
+        raise ValueError(
+            'residual="factor" needs exact Jacobians, which are too dear for '
+            f'{sample.diagonal.shape[1]} outputs. Use residual="diag".'
+        )
+    return sample.blocks
+
+
 @torch.no_grad()
 def evaluate(network: nn.Module, inputs: Inputs, size: int = 1024) -> Tensor:
     """Network values at all inputs, in batches, without gradients."""
     network.eval().requires_grad_(False)
     return torch.cat([network(take(inputs, i)) for i in slices(num_examples(inputs), size)])
+
+
+def _make(factory: NetworkFactory, made: Made, generator: torch.Generator) -> nn.Module:
+    """Call a factory; what it draws from the global generator follows from the given one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        return factory(made.num_inputs, made.shape, generator)
+
+
+def _read_made(state: State) -> Made:
+    """From a file; one of before networks were made by factories tells only k of a custom one."""
+    settings = state.settings
+    if "made" in settings:
+        made = settings["made"]
+        return Made(made["reads"], made["num_inputs"], tuple(made["shape"]))
+    if settings["reads_inputs"]:
+        return Made("inputs", 0, (0, len(state.tensor("mixing", (None, None)))))
+    return Made(
+        "activations", settings["network"]["num_inputs"], tuple(settings["network"]["shape"])
+    )
 
 
 def _rebuild(settings: dict[str, Any]) -> ResidualMLP:

@@ -1,12 +1,9 @@
 """Learned residuals: the prior variance outside the span of φ, read off activations."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ella.spectral import Regression, ResidualMLP, Samples, Teacher, Training, train
+from ella.spectral import Regression, ResidualMLP, Training, train
 
 FLOOR = 1e-3
 """Smallest share of κ(x, x) that the residual variance is taken to be."""
@@ -65,7 +62,9 @@ class DiagonalResidual(LearnedResidual):
         diagonal: Tensor,
         training: Training,
         width: int,
-        options: dict[str, Any],
+        *,
+        generator: torch.Generator,
+        progress: bool,
     ) -> "DiagonalResidual":
         """Regress log(diag κ − diag φφᵀ) on the activations.
 
@@ -75,20 +74,18 @@ class DiagonalResidual(LearnedResidual):
             diagonal: diag κ(x, x), shape (n, c).
             training: Settings of the regression.
             width: Hidden units.
-            options: The generator and progress of `train`.
+            generator: A CPU generator, for the first weights and the batches.
+            progress: Whether to show a progress bar.
         """
-        c = diagonal.shape[1]
         outside = torch.maximum(diagonal - phi.square().sum(-1), FLOOR * diagonal)
         outside = outside.clamp_min(torch.finfo(outside.dtype).tiny)
-        network = ResidualMLP(
-            activations.shape[1], (c,), width=width, generator=options["generator"]
-        )
+        shape = diagonal.shape[1:]
+        network = ResidualMLP(activations.shape[1], shape, width=width, generator=generator)
         module = cls(network).to(outside)
         module.standardize(activations, outside)
-        targets = ((outside.log() - module.location) / module.spread).unsqueeze(-1)
-        column = nn.Sequential(network, nn.Unflatten(1, (c, 1)))
-        problem = Samples(Teacher(), activations, targets, generator=options["generator"])
-        train(column, problem, Regression(), training, **options)
+        targets = (outside.log() - module.location) / module.spread
+        loss = Regression(activations, targets, generator=generator)
+        train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -115,7 +112,9 @@ class FactorResidual(LearnedResidual):
         blocks: Tensor,
         training: Training,
         width: int,
-        options: dict[str, Any],
+        *,
+        generator: torch.Generator,
+        progress: bool,
     ) -> "FactorResidual":
         """Fit φφᵀ + LLᵀ to κ(x, x), r being min(c, `MAX_FACTORS`).
 
@@ -125,24 +124,21 @@ class FactorResidual(LearnedResidual):
             blocks: κ(x, x), shape (n, c, c).
             training: Settings of the regression.
             width: Hidden units.
-            options: The generator and progress of `train`.
+            generator: A CPU generator, for the first weights and the batches.
+            progress: Whether to show a progress bar.
         """
         c = blocks.shape[1]
         inside = phi @ phi.mT
         traces = _trace(blocks)
-        network = ResidualMLP(
-            activations.shape[1],
-            (c, min(c, MAX_FACTORS) + 1),
-            width=width,
-            generator=options["generator"],
-        )
+        shape = (c, min(c, MAX_FACTORS) + 1)
+        network = ResidualMLP(activations.shape[1], shape, width=width, generator=generator)
         module = cls(network).to(blocks)
         outside = torch.maximum(traces - _trace(inside), FLOOR * traces)
         module.standardize(activations, outside.clamp_min(torch.finfo(outside.dtype).tiny))
-        objective = BlockRegression(module)
-        targets = torch.cat([inside, blocks], dim=-1)
-        problem = Samples(Teacher(), activations, targets, generator=options["generator"])
-        train(network, problem, objective, training, **options)
+        loss = Regression(
+            activations, inside, blocks, generator=generator, criterion=module.block_error
+        )
+        train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
     def blocks(self, raw: Tensor) -> Tensor:
@@ -154,45 +150,24 @@ class FactorResidual(LearnedResidual):
         excess = _trace(blocks) / (self.highest + 1).exp()
         return blocks / excess.clamp_min(1)[:, None, None]
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Covariances, shape (n, c, c)."""
-        return self.blocks(self.network(activations))
+    def block_error(self, raw: Tensor, inside: Tensor, blocks: Tensor) -> Tensor:
+        r"""How far H = φφᵀ + LLᵀ is from κ(x, x), as a mean over examples.
 
+        :math:`‖H − κ‖^2/‖κ‖^2 + w (\log \mathrm{tr} H − \log \mathrm{tr} κ)^2`.
 
-@dataclass(frozen=True)
-class BlockRegression:
-    r"""Fits the raw output of a `FactorResidual` to known blocks κ(x, x).
-
-    Minimises the mean over examples of :math:`‖H − κ‖^2/‖κ‖^2 + w (\log \mathrm{tr} H − \log
-    \mathrm{tr} κ)^2` with H = φφᵀ + LLᵀ. The targets, which a `Teacher` gives, hold φφᵀ and κ side
-    by side, shape (n, c, 2c).
-
-    Attributes:
-        residual: Turns raw outputs into LLᵀ.
-    """
-
-    residual: FactorResidual
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: there is no constraint."""
-        return psi, tpsi
-
-    def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
-        """See `Objective.gradient`."""
-        with torch.enable_grad():
-            raw = psi.detach().requires_grad_()
-            return torch.autograd.grad(self._mean_error(raw, tpsi), raw)[0]
-
-    def loss(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> float:
-        """See `Objective.loss`."""
-        return self._mean_error(psi, tpsi).item()
-
-    def _mean_error(self, raw: Tensor, targets: Tensor) -> Tensor:
-        inside, blocks = targets.chunk(2, dim=-1)
-        found = inside + self.residual.blocks(raw)
+        Args:
+            raw: The network's output, shape (n, c, r + 1).
+            inside: φφᵀ, shape (n, c, c).
+            blocks: κ(x, x), shape (n, c, c).
+        """
+        found = inside + self.blocks(raw)
         squared = (found - blocks).square().sum((1, 2)) / blocks.square().sum((1, 2))
         log_ratio = _trace(found).log() - _trace(blocks).log()
         return (squared + LOG_TRACE_WEIGHT * log_ratio.square()).mean()
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Covariances, shape (n, c, c)."""
+        return self.blocks(self.network(activations))
 
 
 def _trace(blocks: Tensor) -> Tensor:

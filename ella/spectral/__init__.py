@@ -6,13 +6,13 @@ c = 1. The inner product is the mean over examples, summed over outputs.
 
 from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis, ritz_head
 from ella.spectral.laplacian import Jet
+from ella.spectral.losses import Loss, Regression, SpectralLoss, least_squares
 from ella.spectral.networks import LinearHead, ParallelMLP, ResidualMLP
 from ella.spectral.nystrom import NystromBasis, leading_eigenpairs, numerical_eigenpairs
 from ella.spectral.objectives import (
     NestedLoRA,
     NeuralEFObjective,
     Objective,
-    Regression,
     TraceObjective,
 )
 from ella.spectral.operators import (
@@ -22,7 +22,6 @@ from ella.spectral.operators import (
     Kernel,
     KernelOperator,
     Polynomial,
-    Teacher,
 )
 from ella.spectral.problems import (
     Population,
@@ -32,7 +31,7 @@ from ella.spectral.problems import (
     Views,
     WholeGraph,
 )
-from ella.spectral.ritz import Moments, rayleigh_ritz
+from ella.spectral.ritz import Moments, feature_ritz, rayleigh_ritz
 from ella.spectral.train import Training, train
 
 __all__ = [
@@ -44,6 +43,7 @@ __all__ = [
     "Kernel",
     "KernelOperator",
     "LinearHead",
+    "Loss",
     "Moments",
     "NestedLoRA",
     "NeuralEFObjective",
@@ -57,13 +57,15 @@ __all__ = [
     "ResidualMLP",
     "Samples",
     "Schrodinger",
-    "Teacher",
+    "SpectralLoss",
     "TraceObjective",
     "Training",
     "Views",
     "WholeGraph",
+    "feature_ritz",
     "leading_eigenpairs",
     "learn_eigenbasis",
+    "least_squares",
     "numerical_eigenpairs",
     "rayleigh_ritz",
     "ritz_basis",

@@ -1,15 +1,16 @@
 """What the training leaves: ordered, orthonormal eigenfunctions with their eigenvalues."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ella.spectral.losses import SpectralLoss
 from ella.spectral.networks import LinearHead, ParallelMLP
 from ella.spectral.objectives import NestedLoRA, Objective
 from ella.spectral.operators import KernelOperator
-from ella.spectral.problems import Problem
+from ella.spectral.problems import Batch, Problem
 from ella.spectral.ritz import Moments, rayleigh_ritz
 from ella.spectral.train import Training, train
 
@@ -20,8 +21,8 @@ class Eigenbasis:
 
     Attributes:
         network: ψ.
-        mixing: A, shape (k, k'), float64.
-        eigenvalues: μ of shape (k',), decreasing, float64.
+        mixing: A, shape (k, k'), float64 as it is found.
+        eigenvalues: μ of shape (k',), decreasing, float64 as they are found.
     """
 
     network: nn.Module
@@ -29,20 +30,33 @@ class Eigenbasis:
     eigenvalues: Tensor
 
     @torch.no_grad()
-    def __call__(self, x: Any) -> Tensor:  # noqa: ANN401
+    def __call__(self, x: object) -> Tensor:
         """Values (n, c, k') with the identity as their second moment."""
         psi = self.network(x)
         return psi @ self.mixing.to(psi)
 
-    def features(self, x: Any) -> Tensor:  # noqa: ANN401
-        """ψ√μ, so that products of two rows are the kernel; negative eigenvalues give 0."""
-        values = self(x)
-        return values * self.eigenvalues.clamp_min(0).sqrt().to(values)
+    @torch.no_grad()
+    def features(self, x: object) -> Tensor:
+        """ψA√μ, so that products of two rows are the kernel; negative eigenvalues give 0."""
+        return self.scaled(self.network(x))
+
+    def scaled(self, psi: Tensor) -> Tensor:
+        """`features` from values of the network that are known already, in one product."""
+        return psi @ self._folded.to(psi)
+
+    def to(self, like: Tensor) -> "Eigenbasis":
+        """The same network with A and μ in the dtype, and on the device, of a tensor."""
+        return Eigenbasis(self.network, self.mixing.to(like), self.eigenvalues.to(like))
+
+    @cached_property
+    def _folded(self) -> Tensor:
+        """A√μ, shape (k, k')."""
+        return self.mixing * self.eigenvalues.clamp_min(0).sqrt()
 
 
 def learn_eigenbasis(
     network: nn.Module,
-    problem: Problem,
+    problem: Problem[Batch],
     training: Training,
     *,
     generator: torch.Generator,
@@ -66,8 +80,8 @@ def learn_eigenbasis(
     Returns:
         The eigenfunctions, on the network's device.
     """
-    objective = NestedLoRA() if objective is None else objective
-    train(network, problem, objective, training, generator=generator, progress=progress)
+    loss = SpectralLoss(problem, NestedLoRA() if objective is None else objective)
+    train(network, loss, training, generator=generator, progress=progress)
     network.requires_grad_(False)
     return ritz_basis(network, problem, generator, num_batches, batch_size)
 
@@ -75,7 +89,7 @@ def learn_eigenbasis(
 @torch.no_grad()
 def ritz_basis(
     network: nn.Module,
-    problem: Problem,
+    problem: Problem[Batch],
     generator: torch.Generator,
     num_batches: int = 32,
     batch_size: int = 2048,
@@ -99,7 +113,7 @@ def ritz_head(
     x: Tensor,
     rank: int,
     *,
-    kernel_inputs: Any = None,  # noqa: ANN401
+    kernel_inputs: Tensor | None = None,
     tolerance: float = 1e-5,
 ) -> LinearHead:
     r"""A closed-form start: the leading eigenfunctions in the span of a network's hidden units.

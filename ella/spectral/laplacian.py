@@ -35,7 +35,8 @@ class Jet(NamedTuple):
         For networks prefer to carry the jet through the layers: this takes two derivatives along
         each axis.
         """
-        gradients, laplacian = [], None
+        value = function(x)
+        gradients, laplacian = [], torch.zeros_like(value)
         for axis in torch.eye(x.shape[1], dtype=x.dtype, device=x.device):
             along = axis.expand_as(x)
 
@@ -44,9 +45,8 @@ class Jet(NamedTuple):
 
             first, second = jvp(slope, (x,), (along,))[:2]
             gradients.append(first)
-            laplacian = second if laplacian is None else laplacian + second
-        assert laplacian is not None
-        return cls(function(x), torch.stack(gradients), laplacian)
+            laplacian = laplacian + second
+        return cls(value, torch.stack(gradients), laplacian)
 
     def linear(self, function: Callable[[Tensor], Tensor], bias: Tensor) -> "Jet":
         """After an affine map, of which `function` is the linear part; it broadcasts in front."""

@@ -13,10 +13,7 @@ from torch import Tensor
 
 
 class Objective(Protocol):
-    """What the training loop needs of an objective."""
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the raw network output on the constraint set, differentiably, and Tψ with it."""
+    """What `SpectralLoss` needs of an objective, on the network's own output ψ."""
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """dL/dψ, shape (n, c, k), from ψ, Tψ on one half-batch and ψ on the source half."""
@@ -35,28 +32,37 @@ class NeuralEFObjective:
     r"""NeuralEF: :math:`\max \sum_j R_{jj} - \sum_{i<j} R_{ij}^2 / R_{ii}` with E‖ψ_j‖² = 1.
 
     R = E[ψᵀ Tψ]. The gradient for column j is -(Tψ_j - Σ_{i<j} (R_ij/R_ii) Tψ_i), earlier columns
-    held fixed. The constraint is kept by dividing by the batch's root mean square. Valid for
-    positive semi-definite operators only, as it divides by R_ii.
+    held fixed. The constraint is kept by dividing ψ_j by its root mean square over both
+    half-batches, which makes the objective blind to scale: the gradient in the raw ψ is what
+    remains of the above at right angles to ψ_j, over that root. Valid for positive semi-definite
+    operators only, as it divides by R_ii.
 
     Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),
     https://arxiv.org/abs/2205.00165
     """
 
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """ψ_j / sqrt(E‖ψ_j‖²), and Tψ_j divided by the same."""
-        norm = inner(psi, psi).diagonal().clamp_min(1e-12).sqrt()
-        return psi / norm, tpsi / norm.detach()
-
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""
+        norm = self._norm(psi, source)
+        psi, tpsi = psi / norm, tpsi / norm
         ratio = self._ratio(inner(psi, tpsi))
-        return -2 * (tpsi - tpsi @ ratio.triu(1)) / len(psi)
+        gradient = -2 * (tpsi - tpsi @ ratio.triu(1)) / len(psi)
+        # The half's own radial part stands for that of the batch. For a kernel operator, whose
+        # R on one half is the transpose of that on the other, the two are equal.
+        return (gradient - psi * inner(psi, gradient).diagonal()) / norm
 
     def loss(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> float:
         """See `Objective.loss`."""
-        r = inner(psi, tpsi)
+        norm = self._norm(psi, source)
+        r = inner(psi / norm, tpsi / norm)
         penalty = (self._ratio(r) * r).triu(1).sum()
         return (penalty - r.trace()).item()
+
+    @staticmethod
+    def _norm(psi: Tensor, source: Tensor) -> Tensor:
+        """sqrt(E‖ψ_j‖²) over both half-batches, shape (k,)."""
+        both = torch.cat([psi, source])
+        return inner(both, both).diagonal().clamp_min(1e-12).sqrt()
 
     @staticmethod
     def _ratio(r: Tensor) -> Tensor:
@@ -83,10 +89,6 @@ class NestedLoRA:
     """
 
     nested: bool = True
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: there is no constraint."""
-        return psi, tpsi
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`."""
@@ -118,10 +120,6 @@ class TraceObjective:
     Reference: Spectral Inference Networks (Pfau et al., 2018), https://arxiv.org/abs/1806.02215
     """
 
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: the objective does not see the scale."""
-        return psi, tpsi
-
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`; the source is not used."""
         inverse, ratio = self._ratio(psi, tpsi)
@@ -143,20 +141,3 @@ class TraceObjective:
         )
         inverse = torch.linalg.inv(second + jitter * eye)
         return inverse, inverse @ (kernel + kernel.T) / 2
-
-
-@dataclass(frozen=True)
-class Regression:
-    """Least squares E‖ψ − t‖² on known values t, which a `Teacher` gives in the place of Tψ."""
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: there is no constraint."""
-        return psi, tpsi
-
-    def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
-        """See `Objective.gradient`."""
-        return 2 * (psi - tpsi) / len(psi)
-
-    def loss(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> float:
-        """See `Objective.loss`."""
-        return ((psi - tpsi).square().sum() / len(psi)).item()

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from torch import Tensor
 class KernelOperator(Protocol):
     r"""The integral operator :math:`(Tψ)(x) = E_{x'}[κ(x, x') ψ(x')]` of a kernel κ."""
 
-    def apply(self, x: Any, sources: Any, values: Tensor) -> Tensor:  # noqa: ANN401
+    def apply(self, x: Tensor, sources: Tensor, values: Tensor) -> Tensor:
         r"""The batch estimate :math:`\frac{1}{m} \sum_j κ(x_i, s_j) v_j`.
 
         Args:
-            x: n inputs, in whatever form the kernel reads.
+            x: n inputs, in whatever form the kernel reads: vectors, features, indices of nodes.
             sources: m inputs s_j.
             values: v_j = ψ(s_j), shape (m, c, k).
 
@@ -73,15 +73,6 @@ class FeatureKernel:
     def apply(self, x: Tensor, sources: Tensor, values: Tensor) -> Tensor:
         """See `KernelOperator.apply`."""
         return x @ (torch.einsum("mcr,mck->rk", sources, values) / len(sources))
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Known function values in the place of Tψ, for `Regression`: the inputs are the targets."""
-
-    def apply(self, x: Tensor, sources: Tensor, values: Tensor) -> Tensor:
-        """The targets of x, shape (n, c, k), whatever ψ is."""
-        return x
 
 
 class Graph:

@@ -1,7 +1,7 @@
 """Where an operator meets data: batches of inputs, and ψ and Tψ on them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ella.inputs import Inputs, num_examples, take
 from ella.spectral.laplacian import Jet
 from ella.spectral.operators import Graph, KernelOperator
+
+Batch = TypeVar("Batch")
+"""Whatever form a problem or a loss gives its batches."""
 
 
 class Pair(NamedTuple):
@@ -34,16 +37,34 @@ def whole(n: int) -> list[Pair]:
     return [Pair(slice(0, n), slice(0, n))]
 
 
-class Problem(Protocol):
-    """An operator T on a space of inputs, as far as the training loop needs it."""
+def divide(n: int, holdout: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of the examples held out, a share of n but at least two, and of the others.
 
-    def batch(self, size: int, generator: torch.Generator) -> Any:  # noqa: ANN401
+    Raises:
+        ValueError: If fewer than two examples remain for training.
+    """
+    order = torch.randperm(n, generator=generator)
+    num_held = max(2, int(holdout * n))
+    if n - num_held < 2:
+        raise ValueError(f"Training needs at least 4 examples; got {n}.")
+    return order[:num_held], order[num_held:]
+
+
+def draw_from(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Entries of the pool, drawn with replacement."""
+    return pool[torch.randint(len(pool), (size,), generator=generator)]
+
+
+class Problem(Protocol[Batch]):
+    """An operator T on a space of inputs, as far as `SpectralLoss` needs it."""
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
         """About `size` training inputs, in the problem's own form."""
 
-    def held_out(self) -> Any:  # noqa: ANN401
+    def held_out(self) -> Batch:
         """Inputs that are never in a batch (or a fixed draw, where there are always new ones)."""
 
-    def evaluate(self, network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def evaluate(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """ψ with its graph and Tψ without, both (n, c, k); Tψ must be linear in ψ."""
 
     def pairs(self, n: int) -> list[Pair]:
@@ -68,23 +89,18 @@ class Samples:
         self,
         kernel: KernelOperator,
         network_inputs: Inputs,
-        kernel_inputs: Inputs,
+        kernel_inputs: Tensor,
         *,
         generator: torch.Generator,
         holdout: float = 0.1,
     ) -> None:
-        n = num_examples(network_inputs)
-        order = torch.randperm(n, generator=generator)
-        num_held = max(2, int(holdout * n))
         self.kernel = kernel
         self.network_inputs, self.kernel_inputs = network_inputs, kernel_inputs
-        self.held, self.pool = order[:num_held], order[num_held:]
-        if len(self.pool) < 2:
-            raise ValueError(f"Training eigenfunctions needs at least 4 examples; got {n}.")
+        self.held, self.pool = divide(num_examples(network_inputs), holdout, generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
         """Indices drawn with replacement."""
-        return self.pool[torch.randint(len(self.pool), (size,), generator=generator)]
+        return draw_from(self.pool, size, generator)
 
     def held_out(self) -> Tensor:
         """Indices of the examples held out."""
@@ -93,7 +109,7 @@ class Samples:
     def evaluate(self, network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem.evaluate`; Tψ of either half is integrated over the other."""
         psi = network(take(self.network_inputs, batch))
-        return psi, across(self.kernel, take(self.kernel_inputs, batch), psi.detach())
+        return psi, across(self.kernel, self.kernel_inputs[batch], psi.detach())
 
     def pairs(self, n: int) -> list[Pair]:
         """Two halves."""
@@ -165,20 +181,13 @@ class Views:
         generator: torch.Generator,
         holdout: float = 0.1,
     ) -> None:
-        num_all = len(inputs)
-        order = torch.randperm(num_all, generator=generator)
-        num_held = max(2, int(holdout * num_all))
-        self.inputs, self.augment, self.pool = inputs, augment, order[num_held:]
-        if len(self.pool) < 2:
-            raise ValueError(
-                f"Training eigenfunctions needs at least 4 examples; got {len(order)}."
-            )
-        self._held = self._views(order[:num_held], generator)
+        self.inputs, self.augment = inputs, augment
+        held, self.pool = divide(len(inputs), holdout, generator)
+        self._held = self._views(held, generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
         """Both views of size/2 examples, shape (2, size/2, ...)."""
-        chosen = torch.randint(len(self.pool), (size // 2,), generator=generator)
-        return self._views(self.pool[chosen], generator)
+        return self._views(draw_from(self.pool, size // 2, generator), generator)
 
     def held_out(self) -> Tensor:
         """Views of the examples held out."""
@@ -240,6 +249,7 @@ class WholeGraph:
         return whole(n)
 
 
+@runtime_checkable
 class HasJet(Protocol):
     """A network that carries derivatives, such as `ParallelMLP`."""
 
@@ -291,10 +301,19 @@ class Schrodinger:
         return self._held
 
     def evaluate(self, network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Problem.evaluate`; Tψ is exact at each point."""
+        """See `Problem.evaluate`; Tψ is exact at each point.
+
+        Raises:
+            TypeError: If the network carries no derivatives.
+        """
+        if not isinstance(network, HasJet):
+            raise TypeError(
+                f"Schrodinger needs a network with a method `jet`, such as ParallelMLP; "
+                f"{type(network).__name__} has none."
+            )
         weight = self.density(batch).rsqrt()[:, None, None]
         with torch.no_grad():
-            value, _, laplacian = cast(HasJet, network).jet(batch)
+            value, _, laplacian = network.jet(batch)
             energy = self.potential(batch)[:, None, None] * value - laplacian
             tpsi = self.scale * (self.shift * value - energy)
         return network(batch) * weight, tpsi * weight
@@ -308,11 +327,11 @@ class Schrodinger:
         return self.shift - eigenvalues / self.scale
 
 
-def across(kernel: KernelOperator, inputs: Inputs, psi: Tensor) -> Tensor:
+def across(kernel: KernelOperator, inputs: Tensor, psi: Tensor) -> Tensor:
     """Tψ at a batch, each half integrated over the other."""
     return torch.cat(
         [
-            kernel.apply(take(inputs, rows), take(inputs, sources), psi[sources])
+            kernel.apply(inputs[rows], inputs[sources], psi[sources])
             for rows, sources in halves(len(psi))
         ]
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ella.inputs import slices
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -35,6 +37,27 @@ class Moments:
             self.kernel + other.kernel,
             self.num_examples + other.num_examples,
         )
+
+
+def feature_ritz(psi: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Rayleigh-Ritz for :math:`T = SS^\top` from ψ and S at the same examples.
+
+    :math:`E[ψ^\top Tψ] = WW^\top` with :math:`W = E[ψ^\top S]`, so T is integrated over all
+    examples and the cost is linear in their number.
+
+    Args:
+        psi: ψ, shape (n, c, k).
+        features: S, shape (n, c, r).
+
+    Returns:
+        As of `rayleigh_ritz`: μ of shape (k',) and A of shape (k, k').
+    """
+    n, left, right = len(psi), psi.double().flatten(0, 1), features.flatten(0, 1)
+    w = left.new_zeros(left.shape[1], right.shape[1])
+    for part in slices(len(left), 2**16):  # float64 copies of S, a part at a time
+        w += left[part].T @ right[part].double()
+    w /= n
+    return rayleigh_ritz(Moments(left.T @ left, w @ w.T * n, n))
 
 
 def rayleigh_ritz(moments: Moments, *, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:

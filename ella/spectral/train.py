@@ -1,16 +1,15 @@
-"""The one training loop for neural eigenfunctions."""
+"""The one training loop."""
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from ella.spectral.objectives import Objective
-from ella.spectral.problems import Problem
+from ella.spectral.losses import Loss
+from ella.spectral.problems import Batch
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Training:
         batch_size: Examples a step.
         learning_rate: Peak of the cosine schedule (5 % linear warm-up).
         weight_decay: AdamW's.
-        checks: How often, over the whole run, the held-out objective is measured; the best
-            weights are kept, and training stops after `patience` checks without a better one.
+        checks: How often, over the whole run, the held-out loss is measured; the best weights are
+            kept, and training stops after `patience` checks without a better one.
         patience: See `checks`.
     """
 
@@ -37,30 +36,29 @@ class Training:
 
 def train(
     network: nn.Module,
-    problem: Problem,
-    objective: Objective,
+    loss: Loss[Batch],
     training: Training,
     *,
     generator: torch.Generator,
     progress: bool = True,
 ) -> list[float]:
-    """Train ψ = network(x) towards the leading eigenfunctions of the operator, in place.
+    """Minimise a loss by AdamW in place: eigenfunctions (`SpectralLoss`) or a `Regression`.
 
     Dropout draws from a forked global RNG, seeded from `generator`.
 
     Args:
-        network: Maps the problem's inputs to (n, c, k).
-        problem: The operator and its inputs; see `Problem`.
-        objective: See `Objective`.
+        network: Reads what the loss feeds it; in evaluation mode wherever the held-out loss is
+            measured, and afterwards.
+        loss: See `Loss`.
         training: See `Training`.
         generator: A CPU generator, for the batches.
         progress: Whether to show a progress bar.
 
     Returns:
-        The held-out objective at each check, in order; the network holds the best weights.
+        The held-out loss at each check, in order; the network holds the best weights.
 
     Raises:
-        ValueError: If the objective diverges.
+        ValueError: If the held-out loss was never finite.
     """
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
@@ -73,21 +71,20 @@ def train(
     devices = sorted({p.device.index for p in network.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        bar = tqdm(range(training.steps), desc="eigenfunctions", disable=not progress, leave=False)
+        bar = tqdm(range(training.steps), desc="training", disable=not progress, leave=False)
         for step in bar:
             network.train()
-            psi, gradient = _judge(
-                network, problem, objective, problem.batch(training.batch_size, generator)
-            )
+            scalar = loss(network, loss.batch(training.batch_size, generator))
             optimizer.zero_grad()
-            psi.backward(gradient)
+            scalar.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1e3)
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == training.steps:
-                value = held_out_loss(network, problem, objective)
+                network.eval()
+                value = loss.held_out(network)
                 history.append(value)
-                bar.set_postfix(objective=f"{value:.4g}")
+                bar.set_postfix(held_out=f"{value:.4g}")
                 since += 1
                 if value < best:
                     best, best_state, since = value, copy.deepcopy(network.state_dict()), 0
@@ -95,38 +92,12 @@ def train(
                     break
     if not math.isfinite(best):
         raise ValueError(
-            "The eigenfunction objective was never finite. Lower `learning_rate`, or check that "
-            "the kernel is positive semi-definite."
+            "The held-out loss was never finite. Lower `learning_rate`, or check the inputs and "
+            "the targets (of eigenfunctions: that the kernel is positive semi-definite)."
         )
     network.load_state_dict(best_state)
     network.eval()
     return history
-
-
-def _judge(
-    network: nn.Module,
-    problem: Problem,
-    objective: Objective,
-    batch: Any,  # noqa: ANN401
-) -> tuple[Tensor, Tensor]:
-    """ψ on a batch, with its graph, and dL/dψ."""
-    psi, tpsi = objective.normalize(*problem.evaluate(network, batch))
-    values, gradient = psi.detach(), torch.zeros_like(psi)
-    pairs = problem.pairs(len(psi))
-    for rows, sources in pairs:
-        part = objective.gradient(values[rows], tpsi[rows], values[sources])
-        gradient[rows] += part / len(pairs)
-    return psi, gradient
-
-
-@torch.no_grad()
-def held_out_loss(network: nn.Module, problem: Problem, objective: Objective) -> float:
-    """The mean objective over the pairs of the examples held out."""
-    network.eval()
-    psi, tpsi = objective.normalize(*problem.evaluate(network, problem.held_out()))
-    pairs = problem.pairs(len(psi))
-    losses = [objective.loss(psi[rows], tpsi[rows], psi[sources]) for rows, sources in pairs]
-    return sum(losses) / len(losses)
 
 
 def _warm_cosine(step: int, steps: int) -> float:

@@ -36,7 +36,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ella.spectral import NestedLoRA, Objective, Training, Views, ritz_basis, train
+from ella.spectral import NestedLoRA, Objective, SpectralLoss, Training, Views, ritz_basis, train
 
 RANK = 64
 LENGTHS = (2, 4, 8, 16, 32, 64)
@@ -60,10 +60,6 @@ class BarlowTwins:
     """
 
     weight: float = 5e-3
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are: columns are standardised in the loss."""
-        return psi, tpsi
 
     def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
         """See `Objective.gradient`; the source is not used."""
@@ -215,7 +211,8 @@ def learn(data: Images, method: str, steps: int, seed: int) -> Representation:
         checks=10 if steps > 100 else 1,
         patience=99,
     )
-    train(network, problem, OBJECTIVES[method], training, generator=generator, progress=False)
+    loss = SpectralLoss(problem, OBJECTIVES[method])
+    train(network, loss, training, generator=generator, progress=False)
     network.requires_grad_(False)
     raw = network(data.train)[:, 0]
     norms = raw.square().mean(0)

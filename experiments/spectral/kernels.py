@@ -60,6 +60,7 @@ from ella.spectral import (
     ParallelMLP,
     Population,
     Samples,
+    SpectralLoss,
     Training,
     learn_eigenbasis,
     ritz_basis,
@@ -142,7 +143,8 @@ class Explicit:
         held = torch.Generator().manual_seed(seed + 1000)
         problem = Population(self.scaled, self.draw, generator=held)
         if training.steps:
-            train(network, problem, objective, training, generator=generator, progress=False)
+            loss = SpectralLoss(problem, objective)
+            train(network, loss, training, generator=generator, progress=False)
         basis = ritz_basis(network.requires_grad_(False), problem, generator, num_batches=24)
         return replace(basis, eigenvalues=basis.eigenvalues / self.scaled.factor)
 

@@ -48,7 +48,7 @@ from scipy.sparse.linalg import spsolve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ella.spectral import Samples, Teacher, Training, train
+from ella.spectral import Regression, Training, train
 
 NODES = 81
 STRIDES = (4, 2, 1)
@@ -237,24 +237,10 @@ def _num_parameters(network: nn.Module) -> int:
     return sum(p.numel() * (2 if p.is_complex() else 1) for p in network.parameters())
 
 
-@dataclass(frozen=True)
-class RelativeError:
-    """E(‖û - u‖ / ‖u‖) as an `Objective`: a `Teacher` gives u in the place of Tψ."""
-
-    def normalize(self, psi: Tensor, tpsi: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as they are."""
-        return psi, tpsi
-
-    def gradient(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> Tensor:
-        """See `Objective.gradient`."""
-        away, size = psi - tpsi, tpsi.flatten(1).norm(dim=1)
-        scale = size * away.flatten(1).norm(dim=1).clamp_min(1e-12)
-        return away / scale[:, None, None] / len(psi)
-
-    def loss(self, psi: Tensor, tpsi: Tensor, source: Tensor) -> float:
-        """See `Objective.loss`."""
-        errors = (psi - tpsi).flatten(1).norm(dim=1) / tpsi.flatten(1).norm(dim=1)
-        return errors.mean().item()
+def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """E(‖û - u‖ / ‖u‖)."""
+    away, size = (outputs - targets).flatten(1), targets.flatten(1).norm(dim=1)
+    return (away.norm(dim=1) / size).mean()
 
 
 def make(method: str, seed: int) -> nn.Module:
@@ -271,9 +257,11 @@ def fit(method: str, pairs: Pairs, budget: float, seed: int) -> tuple[nn.Module,
 
     def run(network: nn.Module, steps: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        problem = Samples(Teacher(), pairs.inputs, pairs.targets, generator=generator, holdout=0.1)
+        loss = Regression(
+            pairs.inputs, pairs.targets, generator=generator, criterion=relative_error
+        )
         training = Training(steps, 16, learning_rate=2e-3, weight_decay=1e-4, patience=99)
-        train(network, problem, RelativeError(), training, generator=generator, progress=False)
+        train(network, loss, training, generator=generator, progress=False)
 
     trial = 8
     run(make(method, seed), 2)
@@ -292,7 +280,7 @@ def errors(network: nn.Module, a: Tensor, u: Tensor) -> dict[str, float]:
         pairs = Pairs.of(a, u, stride)
         size = pairs.inputs.shape[-1]
         predicted = torch.cat([network(part) for part in pairs.inputs.split(10)])
-        found[f"error_{size}"] = RelativeError().loss(predicted, pairs.targets, predicted)
+        found[f"error_{size}"] = relative_error(predicted, pairs.targets).item()
     return found
 
 

@@ -50,6 +50,7 @@ from ella.spectral import (
     NystromBasis,
     ParallelMLP,
     Samples,
+    SpectralLoss,
     Training,
     rayleigh_ritz,
     ritz_head,
@@ -269,7 +270,8 @@ def network_score(kernel: Kernel, samples: Tensor, steps: int, seed: int) -> Spe
     problem = Samples(scaled, samples, samples, generator=generator)
     if steps:
         chosen = replace(TRAINING, steps=steps)
-        train(network, problem, NestedLoRA(), chosen, generator=generator, progress=False)
+        loss = SpectralLoss(problem, NestedLoRA())
+        train(network, loss, chosen, generator=generator, progress=False)
     network.requires_grad_(False)
     psi = network(samples)
     _, mixing = rayleigh_ritz(Moments.of(psi, scaled.apply(samples, samples, psi)))
