@@ -5,6 +5,7 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ella import metrics
 from ella.calibrate import Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
 from ella.estimator import ELLA
@@ -33,4 +34,5 @@ __all__ = [
     "Training",
     "Tuning",
     "Uncertainty",
+    "metrics",
 ]

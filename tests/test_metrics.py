@@ -1,6 +1,8 @@
 """Metrics against hand-computed values and plain numpy references."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,10 +182,57 @@ def test_reliability_diagram_needs_a_method():
         metrics.reliability_diagram({}, LABELS)
 
 
-def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "netcal.metrics", None)
-    with pytest.raises(ImportError, match=r'netcal: pip install "ella\[metrics\]"'):
-        metrics.expected_calibration_error(PROBS, LABELS)
+WITHOUT_EXTRA = """
+import sys
+sys.modules.update(dict.fromkeys(("netcal", "sklearn", "matplotlib")))
+import ella, torch
+probs = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
+labels, scores = torch.tensor([0, 0]), torch.tensor([0.1, 0.2])
+pairs = {
+    "probs": (probs, labels), "soft": (probs, probs), "scores": (scores, scores),
+    "diagram": ({"MAP": probs}, labels),
+}
+for name, kind in CASES.items():
+    try:
+        getattr(ella.metrics, name)(*pairs[kind])
+        print(name, "works")
+    except ImportError as error:
+        print(name, error)
+"""
+
+
+def test_only_what_needs_the_extra_asks_for_it():
+    works = {
+        **dict.fromkeys(("accuracy", "negative_log_likelihood", "brier"), "probs"),
+        **dict.fromkeys(("cross_entropy_to", "divergence_from"), "soft"),
+        **dict.fromkeys(("risk_coverage", "area_under_risk_coverage"), "scores"),
+    }
+    errors = ("expected", "adaptive", "maximum", "classwise")
+    needs_netcal = [f"{name}_calibration_error" for name in errors] + ["evaluate"]
+    needs_sklearn = ("auroc", "aupr", "fpr_at_95_tpr")
+    cases = {
+        **works,
+        **dict.fromkeys(needs_netcal, "probs"),
+        **dict.fromkeys(needs_sklearn, "scores"),
+        "reliability_diagram": "diagram",
+    }
+    script = f"CASES = {cases!r}{WITHOUT_EXTRA}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    missing = 'This metric needs {}: pip install "ella[metrics]".'
+    assert found == {
+        **dict.fromkeys(works, "works"),
+        **dict.fromkeys(needs_netcal, missing.format("netcal")),
+        **dict.fromkeys(needs_sklearn, missing.format("sklearn")),
+        "reliability_diagram": missing.format("matplotlib"),
+    }
 
 
 def test_adaptive_error_with_many_confidences_of_one():
