@@ -1,0 +1,44 @@
+"""How good predictions are: numbers from probabilities, uncertainty scores or Gaussians.
+
+Calibration errors come from netcal, rank statistics from scikit-learn and the diagram from
+matplotlib: those need `ella[metrics]`, the others nothing.
+"""
+
+from ella.metrics._checked import ROW_SUM_TOLERANCE
+from ella.metrics.calibration import (
+    adaptive_calibration_error,
+    classwise_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
+)
+from ella.metrics.classification import (
+    accuracy,
+    brier,
+    cross_entropy_to,
+    divergence_from,
+    evaluate,
+    negative_log_likelihood,
+)
+from ella.metrics.detection import aupr, auroc, fpr_at_95_tpr
+from ella.metrics.reliability import reliability_diagram
+from ella.metrics.selection import area_under_risk_coverage, risk_coverage
+
+__all__ = [
+    "ROW_SUM_TOLERANCE",
+    "accuracy",
+    "adaptive_calibration_error",
+    "area_under_risk_coverage",
+    "aupr",
+    "auroc",
+    "brier",
+    "classwise_calibration_error",
+    "cross_entropy_to",
+    "divergence_from",
+    "evaluate",
+    "expected_calibration_error",
+    "fpr_at_95_tpr",
+    "maximum_calibration_error",
+    "negative_log_likelihood",
+    "reliability_diagram",
+    "risk_coverage",
+]
