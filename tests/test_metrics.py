@@ -13,6 +13,18 @@ from ella import metrics
 PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
 LABELS = torch.tensor([0, 2, 2, 1])
 
+# Names of all metrics, by what they are computed from.
+WITH_NETCAL = (
+    "expected_calibration_error",
+    "adaptive_calibration_error",
+    "maximum_calibration_error",
+    "classwise_calibration_error",
+    "evaluate",
+)
+FROM_LABELS = ("accuracy", "negative_log_likelihood", "brier", *WITH_NETCAL)
+WITH_SKLEARN = ("auroc", "aupr", "fpr_at_95_tpr")
+FROM_SCORES = ("area_under_risk_coverage", *WITH_SKLEARN)
+
 
 def random_case(n=400, c=5, seed=0):
     rng = np.random.default_rng(seed)
@@ -145,7 +157,10 @@ def test_aupr():
         (PROBS.clone().fill_(torch.nan), LABELS, ValueError, "NaN"),
         (PROBS, LABELS + 1, ValueError, r"0\.\.2"),
         (PROBS, LABELS.float(), TypeError, "integers"),
-        (PROBS.numpy(), LABELS, TypeError, "as_tensor"),
+        (PROBS.tolist(), LABELS, TypeError, "`probs` must be a tensor or a NumPy array"),
+        ([PROBS, PROBS], LABELS, TypeError, r"join batches with torch\.cat"),
+        (PROBS, LABELS.tolist(), TypeError, "`labels` must be a tensor or a NumPy array"),
+        (PROBS.numpy(), LABELS.float().numpy(), TypeError, "integers"),
     ],
 )
 @pytest.mark.parametrize("metric", [metrics.accuracy, metrics.expected_calibration_error])
@@ -154,7 +169,48 @@ def test_bad_inputs(metric, probs, labels, error, message):
         metric(probs, labels)
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("kind", ["probs", "soft", "scores"])
+def test_numpy_arrays_are_as_good_as_tensors(kind):
+    probs, labels = random_case(60, 3)
+    probs = probs.float()  # the floor of log p depends on the dtype
+    probs[0] = torch.tensor([1.0, 0, 0])
+    labels[0] = 1
+    soft = random_case(60, 3, seed=1)[0]
+    names, pair = {
+        "probs": (FROM_LABELS, (probs, labels)),
+        "soft": (("cross_entropy_to", "divergence_from"), (probs, soft)),
+        "scores": (FROM_SCORES, (soft[:, 0], soft[:, 1])),
+    }[kind]
+    for name in names:
+        metric = getattr(metrics, name)
+        expected = metric(*pair)
+        first, second = (part.numpy().copy() for part in pair)
+        assert metric(first, second) == expected
+        assert metric(read_only(first), pair[1]) == expected
+        assert metric(pair[0].clone().requires_grad_(), read_only(second)) == expected
+        backwards = metric(first[::-1], second[::-1])
+        assert backwards == pytest.approx(expected, rel=1e-6)
+
+
+def test_numpy_arrays_can_be_drawn_and_ranked():
+    probs, labels = PROBS.numpy(), LABELS.numpy()
+    assert len(metrics.reliability_diagram({"MAP": probs}, labels).axes) == 1
+    scores, errors = np.array([0.3, 0.1, 0.2]), np.array([True, False, False])
+    coverage, risk = metrics.risk_coverage(scores, errors)
+    assert coverage.tolist() == pytest.approx([1 / 3, 2 / 3, 1])
+    assert risk.tolist() == pytest.approx([0, 0, 1 / 3])
+
+
 def test_bad_scores_and_bins():
+    with pytest.raises(TypeError, match="`scores_in` must be a tensor"):
+        metrics.auroc([0.1, 0.2], torch.ones(3))
+    with pytest.raises(ValueError, match="`targets` must be probabilities"):
+        metrics.cross_entropy_to(PROBS, 2 * PROBS)
     with pytest.raises(ValueError, match="`scores_out`"):
         metrics.auroc(torch.ones(3), torch.ones(0))
     with pytest.raises(ValueError, match="NaN"):
@@ -186,52 +242,36 @@ WITHOUT_EXTRA = """
 import sys
 sys.modules.update(dict.fromkeys(("netcal", "sklearn", "matplotlib")))
 import ella, torch
-probs = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
+probs, soft = torch.tensor([[0.7, 0.3], [0.4, 0.6]]), torch.tensor([[0.8, 0.2], [0.5, 0.5]])
 labels, scores = torch.tensor([0, 0]), torch.tensor([0.1, 0.2])
-pairs = {
-    "probs": (probs, labels), "soft": (probs, probs), "scores": (scores, scores),
-    "diagram": ({"MAP": probs}, labels),
-}
-for name, kind in CASES.items():
+for call in CALLS:
     try:
-        getattr(ella.metrics, name)(*pairs[kind])
-        print(name, "works")
+        eval(f"ella.metrics.{call}")
     except ImportError as error:
-        print(name, error)
+        print(call.split("(")[0], error)
 """
 
 
 def test_only_what_needs_the_extra_asks_for_it():
-    works = {
-        **dict.fromkeys(("accuracy", "negative_log_likelihood", "brier"), "probs"),
-        **dict.fromkeys(("cross_entropy_to", "divergence_from"), "soft"),
-        **dict.fromkeys(("risk_coverage", "area_under_risk_coverage"), "scores"),
-    }
-    errors = ("expected", "adaptive", "maximum", "classwise")
-    needs_netcal = [f"{name}_calibration_error" for name in errors] + ["evaluate"]
-    needs_sklearn = ("auroc", "aupr", "fpr_at_95_tpr")
-    cases = {
-        **works,
-        **dict.fromkeys(needs_netcal, "probs"),
-        **dict.fromkeys(needs_sklearn, "scores"),
-        "reliability_diagram": "diagram",
-    }
-    script = f"CASES = {cases!r}{WITHOUT_EXTRA}"
+    needs = dict.fromkeys(WITH_NETCAL, "netcal") | dict.fromkeys(WITH_SKLEARN, "sklearn")
+    needs |= {"reliability_diagram": "matplotlib"}
+    calls = [f"{name}(probs, labels)" for name in FROM_LABELS]
+    calls += [f"{name}(scores, scores)" for name in ("risk_coverage", *FROM_SCORES)]
+    calls += ["cross_entropy_to(probs, soft)", "divergence_from(probs, soft)"]
+    calls += ["reliability_diagram({'MAP': probs}, labels)"]
+    called = {call.split("(")[0] for call in calls}
+    assert called == set(metrics.__all__) - {"ROW_SUM_TOLERANCE"}  # none forgotten
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", f"CALLS = {calls!r}{WITHOUT_EXTRA}"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    missing = 'This metric needs {}: pip install "ella[metrics]".'
-    assert found == {
-        **dict.fromkeys(works, "works"),
-        **dict.fromkeys(needs_netcal, missing.format("netcal")),
-        **dict.fromkeys(needs_sklearn, missing.format("sklearn")),
-        "reliability_diagram": missing.format("matplotlib"),
+    assert dict(line.split(" ", 1) for line in done.stdout.splitlines()) == {
+        name: f'This metric needs {package}: pip install "ella[metrics]".'
+        for name, package in needs.items()
     }
 
 
@@ -281,7 +321,7 @@ def test_risk_coverage_by_hand():
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert risk.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 2])
     assert metrics.area_under_risk_coverage(scores, errors) == pytest.approx(5 / 24)
-    with pytest.raises(ValueError, match=r"both have shape \(n,\)"):
+    with pytest.raises(ValueError, match=r"must have one shape; got \(4,\), \(2,\)"):
         metrics.risk_coverage(scores, errors[:2])
     with pytest.raises(ValueError, match="NaN or infinite"):
         metrics.risk_coverage(scores / 0, errors)

@@ -1,7 +1,8 @@
 """How good predictions are: numbers from probabilities, uncertainty scores or Gaussians.
 
 Calibration errors come from netcal, rank statistics from scikit-learn and the diagram from
-matplotlib: those need `ella[metrics]`, the others nothing.
+matplotlib: those need `ella[metrics]`, the others nothing. Every argument may be a tensor, on any
+device and with or without a graph, or a NumPy array; the numbers are computed in float64.
 """
 
 from ella.metrics._checked import ROW_SUM_TOLERANCE

@@ -1,45 +1,117 @@
-"""What classification metrics may be given, as float64 and int64 tensors on the CPU."""
+"""What metrics may be given, as float64 and int64 tensors on the CPU."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ella.inputs import check_class_labels
 
+Array = Tensor | NDArray[np.generic]
+"""Whatever may come out of a model or a scikit-learn pipeline."""
 ROW_SUM_TOLERANCE = 1e-2
 """How far a row of `probs` may be from 1: half-precision softmax is off by a few 1e-3."""
 
 
-def checked(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked probabilities as float64 and labels as int64, both on the CPU."""
-    if not isinstance(probs, Tensor) or not isinstance(labels, Tensor):
-        raise TypeError(
-            f"`probs` and `labels` must be tensors; got {type(probs).__name__} and "
-            f"{type(labels).__name__}. Convert them with torch.as_tensor."
-        )
-    if probs.ndim != 2 or probs.shape[1] < 2 or len(probs) == 0:
-        raise ValueError(
-            f"`probs` must have shape (n, c) with n >= 1 and c >= 2; got {tuple(probs.shape)}. "
-            f"For two classes give both probabilities."
-        )
-    if labels.shape != probs.shape[:1]:
-        raise ValueError(f"`labels` must have shape ({len(probs)},); got {tuple(labels.shape)}.")
-    probs, labels = probs.detach().cpu().double(), labels.detach().cpu()
-    if not torch.isfinite(probs).all():
-        raise ValueError("`probs` holds NaN or infinite values.")
-    if (probs < 0).any() or ((probs.sum(1) - 1).abs() > ROW_SUM_TOLERANCE).any():
-        raise ValueError(
-            "The rows of `probs` must be probabilities; apply .softmax(-1) to logits."
-        )
-    check_class_labels(labels, probs.shape[1])
-    return probs, labels.long()
+def as_tensor(name: str, values: Array) -> Tensor:
+    """Values as they are, without a graph and on the CPU.
+
+    Raises:
+        TypeError: If they are neither a tensor nor an array. A list is refused, as it may well be
+            one of batches.
+    """
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if isinstance(values, np.ndarray):
+        # A copy: torch shares no memory with arrays that are read-only or run backwards.
+        return torch.as_tensor(np.array(values, order="C"))
+    raise TypeError(
+        f"`{name}` must be a tensor or a NumPy array; got {type(values).__name__}. Convert "
+        f"numbers with torch.as_tensor, join batches with torch.cat."
+    )
 
 
-def checked_soft(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64 probabilities of one shape (n, c), on the CPU."""
-    parts = [checked(part, part.argmax(1))[0] for part in (probs, targets)]
-    if parts[0].shape != parts[1].shape:
+def finite(name: str, values: Array) -> Tensor:
+    """Finite numbers of any shape as float64.
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If one is NaN or infinite.
+    """
+    numbers = as_tensor(name, values).double()
+    if not torch.isfinite(numbers).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values.")
+    return numbers
+
+
+def class_probabilities(name: str, probs: Array) -> Tensor:
+    """Rows of probabilities, shape (n, c), as float64.
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If they have another shape, or are no probabilities.
+    """
+    numbers = finite(name, probs)
+    if numbers.ndim != 2 or numbers.shape[1] < 2 or len(numbers) == 0:
         raise ValueError(
-            f"`probs` and `targets` must have one shape; got {tuple(probs.shape)} and "
-            f"{tuple(targets.shape)}."
+            f"`{name}` must have shape (n, c) with n >= 1 and c >= 2; got "
+            f"{tuple(numbers.shape)}. For two classes give both probabilities."
         )
-    return parts[0], parts[1]
+    if (numbers < 0).any() or ((numbers.sum(1) - 1).abs() > ROW_SUM_TOLERANCE).any():
+        raise ValueError(
+            f"The rows of `{name}` must be probabilities; apply .softmax(-1) to logits."
+        )
+    return numbers
+
+
+def probs_and_labels(probs: Array, labels: Array) -> tuple[Tensor, Tensor]:
+    """Rows of probabilities, shape (n, c), as float64, and a class for each, shape (n,), as int64.
+
+    Raises:
+        TypeError: If the labels are not integers, or see `as_tensor`.
+        ValueError: If shapes or values are bad.
+    """
+    rows, classes = class_probabilities("probs", probs), as_tensor("labels", labels)
+    if classes.shape != rows.shape[:1]:
+        raise ValueError(f"`labels` must have shape ({len(rows)},); got {tuple(classes.shape)}.")
+    check_class_labels(classes, rows.shape[1])
+    return rows, classes.long()
+
+
+def probs_and_targets(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
+    """Two sets of probabilities of one shape (n, c), as float64.
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If shapes or values are bad.
+    """
+    rows, soft = class_probabilities("probs", probs), class_probabilities("targets", targets)
+    check_one_shape(probs=rows, targets=soft)
+    return rows, soft
+
+
+def check_one_shape(**tensors: Tensor) -> None:
+    """Raise a `ValueError` unless all of them have the same shape."""
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    if len(set(shapes)) > 1:
+        names = ", ".join(f"`{name}`" for name in tensors)
+        raise ValueError(f"{names} must have one shape; got {', '.join(map(str, shapes))}.")
+
+
+def scores_of_examples(name: str, scores: Array) -> Tensor:
+    """One number an example, shape (n,), as float64.
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If there is none, they have another shape, or one is not finite.
+    """
+    numbers = finite(name, scores)
+    if numbers.ndim != 1 or len(numbers) == 0:
+        raise ValueError(f"`{name}` must have shape (n,) with n >= 1; got {tuple(numbers.shape)}.")
+    return numbers
+
+
+def smallest(probs: Array) -> float:
+    """The smallest normal number of the dtype that probabilities, checked already, came in."""
+    dtype = as_tensor("probs", probs[:0]).dtype
+    return torch.finfo(dtype).tiny if dtype.is_floating_point else 0.0

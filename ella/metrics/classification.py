@@ -1,13 +1,12 @@
 """How good class probabilities are: numbers from (probs, labels)."""
 
 import torch
-from torch import Tensor
 
-from ella.metrics._checked import checked, checked_soft
+from ella.metrics._checked import Array, probs_and_labels, probs_and_targets, smallest
 from ella.metrics.calibration import adaptive_calibration_error, expected_calibration_error
 
 
-def accuracy(probs: Tensor, labels: Tensor) -> float:
+def accuracy(probs: Array, labels: Array) -> float:
     """Share of examples whose most probable class is the label.
 
     Args:
@@ -15,14 +14,15 @@ def accuracy(probs: Tensor, labels: Tensor) -> float:
         labels: Class indices, shape (n,).
 
     Raises:
-        TypeError: If the labels are not integers.
+        TypeError: If the labels are not integers, or an argument is neither a tensor nor a NumPy
+            array; lists are refused.
         ValueError: If shapes or values are bad. The same for every metric here.
     """
-    probs, labels = checked(probs, labels)
-    return (probs.argmax(1) == labels).double().mean().item()
+    rows, classes = probs_and_labels(probs, labels)
+    return (rows.argmax(1) == classes).double().mean().item()
 
 
-def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
+def negative_log_likelihood(probs: Array, labels: Array) -> float:
     r"""Mean negative log-likelihood :math:`-\frac{1}{n} \sum_i \log p_{i, y_i}`, in nats.
 
     Probabilities are floored at the smallest normal number of their dtype, so that one saturated
@@ -32,12 +32,12 @@ def negative_log_likelihood(probs: Tensor, labels: Tensor) -> float:
         probs: Class probabilities, shape (n, c).
         labels: Class indices, shape (n,).
     """
-    tiny = torch.finfo(probs.dtype).tiny if probs.is_floating_point() else 0.0
-    probs, labels = checked(probs, labels)
-    return -_of_labels(probs, labels).clamp_min(tiny).log().mean().item()
+    rows, classes = probs_and_labels(probs, labels)
+    own = rows.gather(1, classes.unsqueeze(1))
+    return -own.clamp_min(smallest(probs)).log().mean().item()
 
 
-def brier(probs: Tensor, labels: Tensor) -> float:
+def brier(probs: Array, labels: Array) -> float:
     r"""The Brier score :math:`\frac{1}{n} \sum_i \sum_c (p_{ic} - [y_i = c])^2`, in [0, 2].
 
     Args:
@@ -46,30 +46,29 @@ def brier(probs: Tensor, labels: Tensor) -> float:
 
     Reference: Verification of forecasts expressed in terms of probability (Brier, 1950).
     """
-    probs, labels = checked(probs, labels)
-    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1])
-    return (probs - one_hot).square().sum(1).mean().item()
+    rows, classes = probs_and_labels(probs, labels)
+    one_hot = torch.nn.functional.one_hot(classes, rows.shape[1])
+    return (rows - one_hot).square().sum(1).mean().item()
 
 
-def cross_entropy_to(probs: Tensor, targets: Tensor) -> float:
+def cross_entropy_to(probs: Array, targets: Array) -> float:
     r"""Mean cross-entropy :math:`-\sum_c t_{ic} \log p_{ic}` to soft labels, in nats.
 
     Args:
         probs: Class probabilities, shape (n, c).
         targets: Probabilities too, such as the shares of people who chose each class.
     """
-    tiny = torch.finfo(probs.dtype).tiny if probs.is_floating_point() else 0.0
-    probs, targets = checked_soft(probs, targets)
-    return -(targets * probs.clamp_min(tiny).log()).sum(1).mean().item()
+    rows, soft = probs_and_targets(probs, targets)
+    return -(soft * rows.clamp_min(smallest(probs)).log()).sum(1).mean().item()
 
 
-def divergence_from(probs: Tensor, targets: Tensor) -> float:
+def divergence_from(probs: Array, targets: Array) -> float:
     """Mean Kullback-Leibler divergence KL(targets ‖ probs), in nats; see `cross_entropy_to`."""
-    soft = checked_soft(probs, targets)[1]
+    _, soft = probs_and_targets(probs, targets)
     return cross_entropy_to(probs, targets) + torch.xlogy(soft, soft).sum(1).mean().item()
 
 
-def evaluate(probs: Tensor, labels: Tensor) -> dict[str, float]:
+def evaluate(probs: Array, labels: Array) -> dict[str, float]:
     """All of it: "accuracy", "nll" (nats), "brier", "ece" and "ace" (15 bins).
 
     Args:
@@ -83,7 +82,3 @@ def evaluate(probs: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": expected_calibration_error(probs, labels),
         "ace": adaptive_calibration_error(probs, labels),
     }
-
-
-def _of_labels(probs: Tensor, labels: Tensor) -> Tensor:
-    return probs.gather(1, labels.unsqueeze(1)).squeeze(1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ella.metrics._checked import Array
 from ella.metrics._extras import imported
 from ella.metrics.calibration import expected_calibration_error, top_label
 
@@ -17,7 +18,7 @@ BAR_COLOR, GAP_COLOR = (0.12, 0.38, 0.62), (0.84, 0.24, 0.16)
 
 
 def reliability_diagram(
-    probs_by_method: Mapping[str, Tensor], labels: Tensor, num_bins: int = 15
+    probs_by_method: Mapping[str, Array], labels: Array, num_bins: int = 15
 ) -> "Figure":
     """Accuracy against confidence, one panel per method, side by side.
 
