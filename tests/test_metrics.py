@@ -86,6 +86,39 @@ def test_adaptive_error_averages_bins_of_equal_mass():
     assert value == pytest.approx((0.11 + 0.07) / 2, abs=1e-6)
 
 
+def sorted_ace(probs, labels, num_bins):
+    """Bins of as many examples each, along the sorted confidences; ties in the order given."""
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    order = sorted(range(len(labels)), key=lambda i: confidence[i])
+    size, gaps = len(labels) // num_bins, []
+    for start in range(0, len(labels), size):
+        rows = order[start : start + size]
+        gaps.append(abs(correct[rows].mean() - confidence[rows].mean()))
+    assert len(gaps) == num_bins
+    return np.mean(gaps)
+
+
+def test_adaptive_error_with_many_confidences_of_one():
+    probs = two_class([1.0] * 300 + [0.6] * 10)
+    labels = torch.zeros(310, dtype=torch.long)
+    labels[:30] = 1  # a tenth of the certain ones are wrong
+    # Halves of 155: ten at .6 and right, 145 at 1 of which 30 are wrong; then 155 at 1 and right.
+    value = metrics.adaptive_calibration_error(probs, labels, num_bins=2)
+    assert value == pytest.approx((abs(125 - 151) / 155 + 0) / 2, abs=1e-6)
+    expected = sorted_ace(probs.double().numpy(), labels.numpy(), 10)
+    value = metrics.adaptive_calibration_error(probs, labels, num_bins=10)
+    assert value == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_bins", [5, 16])
+def test_adaptive_error_agrees_with_sorting(num_bins):
+    probs, labels = random_case(400)
+    probs[100:250] = torch.eye(5, dtype=torch.float64)[labels[100:250].roll(1)]
+    expected = sorted_ace(probs.numpy(), labels.numpy(), num_bins)
+    value = metrics.adaptive_calibration_error(probs, labels, num_bins)
+    assert value == pytest.approx(expected, abs=1e-8)
+
+
 def test_confidence_of_exactly_one_is_in_the_top_bin():
     # torchmetrics 1.9 puts it in a bin of its own and returns .525.
     probs = two_class([0.95, 1.0])
@@ -273,14 +306,6 @@ def test_only_what_needs_the_extra_asks_for_it():
         name: f'This metric needs {package}: pip install "ella[metrics]".'
         for name, package in needs.items()
     }
-
-
-def test_adaptive_error_with_many_confidences_of_one():
-    probs = torch.tensor([[1.0, 0.0]] * 300 + [[0.6, 0.4]] * 10)
-    labels = torch.zeros(310, dtype=torch.long)
-    labels[:30] = 1  # a tenth of the certain ones are wrong
-    value = metrics.adaptive_calibration_error(probs, labels, num_bins=2)
-    assert 0.05 < value < 0.25
 
 
 # Soft labels, classwise calibration, selective prediction
