@@ -1,5 +1,6 @@
 """Metrics against hand-computed values and plain numpy references."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ WITH_NETCAL = (
 )
 FROM_LABELS = ("accuracy", "negative_log_likelihood", "brier", *WITH_NETCAL)
 WITH_SKLEARN = ("auroc", "aupr", "fpr_at_95_tpr")
+FROM_GAUSSIANS = ("gaussian_negative_log_likelihood", "interval_coverage")
 FROM_SCORES = ("area_under_risk_coverage", *WITH_SKLEARN)
 
 
@@ -292,6 +294,8 @@ def test_only_what_needs_the_extra_asks_for_it():
     calls += [f"{name}(scores, scores)" for name in ("risk_coverage", *FROM_SCORES)]
     calls += ["cross_entropy_to(probs, soft)", "divergence_from(probs, soft)"]
     calls += ["reliability_diagram({'MAP': probs}, labels)"]
+    calls += [f"{name}(scores, scores, scores)" for name in FROM_GAUSSIANS]
+    calls += ["root_mean_squared_error(scores, scores)"]
     called = {call.split("(")[0] for call in calls}
     assert called == set(metrics.__all__) - {"ROW_SUM_TOLERANCE"}  # none forgotten
     done = subprocess.run(
@@ -350,3 +354,98 @@ def test_risk_coverage_by_hand():
         metrics.risk_coverage(scores, errors[:2])
     with pytest.raises(ValueError, match="NaN or infinite"):
         metrics.risk_coverage(scores / 0, errors)
+
+
+# Regression
+
+
+def gaussian_case(shape, seed=0):
+    """Means, variances and targets, one of which lies far out."""
+    rng = np.random.default_rng(seed)
+    mean, scatter = rng.normal(size=(2, *shape))
+    variance = rng.uniform(0.2, 3, shape)
+    scatter.flat[0] = 5.0
+    return mean, variance, mean + np.sqrt(variance) * scatter
+
+
+def loop_over_targets(mean, variance, targets):
+    """NLL, RMSE and coverage at 0.9, one target at a time."""
+    nll = squares = inside = 0.0
+    for m, v, y in zip(mean.flat, variance.flat, targets.flat, strict=True):
+        nll -= math.log(math.exp(-((y - m) ** 2) / (2 * v)) / math.sqrt(2 * math.pi * v))
+        squares += (y - m) ** 2
+        below = 0.5 * (1 + math.erf((y - m) / math.sqrt(2 * v)))
+        inside += 0.05 < below < 0.95
+    return nll / len(mean), math.sqrt(squares / mean.size), inside / mean.size
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 1), (40, 3)])
+def test_gaussian_scores_agree_with_a_loop(shape):
+    case = gaussian_case(shape)
+    nll, rmse, coverage = loop_over_targets(*case)
+    assert 0.5 < coverage < 1
+    mean, _, targets = case
+    assert metrics.gaussian_negative_log_likelihood(*case) == pytest.approx(nll, rel=1e-12)
+    assert metrics.root_mean_squared_error(mean, targets) == pytest.approx(rmse, rel=1e-12)
+    assert metrics.interval_coverage(*case, level=0.9) == coverage
+    tensors = [torch.as_tensor(part).requires_grad_() for part in case]
+    assert metrics.gaussian_negative_log_likelihood(*tensors) == pytest.approx(nll, rel=1e-12)
+
+
+def test_gaussian_scores_by_hand():
+    mean, variance = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 4.0], [1.0, 1.0]])
+    targets = torch.tensor([[1.0, 1.0], [2.0, -2.0]])
+    # Squared errors over variances: 1, 0, 0, 4; one variance of 4; log 2π twice an example.
+    nll = (0.5 * (1 + 4) + 0.5 * math.log(4)) / 2 + math.log(2 * math.pi)
+    found = metrics.gaussian_negative_log_likelihood(mean, variance, targets)
+    assert found == pytest.approx(nll, rel=1e-12)
+    assert metrics.root_mean_squared_error(mean, targets) == pytest.approx(math.sqrt(5 / 4))
+    # At 68.27 % z is 1, at 95 % it is 1.96, at 95.46 % it is 2.0006.
+    levels = {0.68: 0.5, 0.6827: 0.75, 0.95: 0.75, 0.9546: 1.0}
+    for level, expected in levels.items():
+        assert metrics.interval_coverage(mean, variance, targets, level) == expected
+
+
+def test_gaussian_scores_follow_the_unit_of_the_targets():
+    mean, variance, targets = gaussian_case((40, 3))
+    scaled = 7 * mean, 49 * variance, 7 * targets
+    nll = metrics.gaussian_negative_log_likelihood(mean, variance, targets)
+    found = metrics.gaussian_negative_log_likelihood(*scaled)
+    assert found == pytest.approx(nll + 3 * math.log(7))
+    rmse = metrics.root_mean_squared_error(mean, targets)
+    assert metrics.root_mean_squared_error(7 * mean, 7 * targets) == pytest.approx(7 * rmse)
+    assert metrics.interval_coverage(*scaled) == metrics.interval_coverage(mean, variance, targets)
+
+
+def test_one_output_needs_no_axis():
+    mean, variance, targets = gaussian_case((30,))
+    flat = metrics.gaussian_negative_log_likelihood(mean, variance, targets)
+    mixed = metrics.gaussian_negative_log_likelihood(mean[:, None], variance, targets[:, None])
+    assert mixed == flat
+
+
+ONES = torch.ones(4, 2)
+
+
+@pytest.mark.parametrize("metric", [getattr(metrics, name) for name in FROM_GAUSSIANS])
+@pytest.mark.parametrize(
+    ("case", "error", "message"),
+    [
+        ((ONES, ONES, ONES[:, 0]), ValueError, r"`mean`, `targets` .* got \(4, 2\), \(4, 1\)"),
+        ((ONES, ONES[:1], ONES), ValueError, r"`mean`, `variance` .* got \(4, 2\), \(1, 2\)"),
+        ((ONES, ONES.diag_embed(), ONES), ValueError, r"`variance` must have shape \(n, c\)"),
+        ((ONES[:0], ONES[:0], ONES[:0]), ValueError, "n >= 1"),
+        ((ONES, 0 * ONES, ONES), ValueError, "`variance` must be positive"),
+        ((ONES, ONES, ONES / 0), ValueError, "`targets` holds NaN or infinite"),
+        ((ONES, ONES, ONES.tolist()), TypeError, "`targets` must be a tensor"),
+    ],
+)
+def test_bad_gaussians(metric, case, error, message):
+    with pytest.raises(error, match=message):
+        metric(*case)
+
+
+@pytest.mark.parametrize("level", [0, 1, 95])
+def test_level_is_a_probability(level):
+    with pytest.raises(ValueError, match="`level` must lie between 0 and 1"):
+        metrics.interval_coverage(ONES, ONES, ONES, level)

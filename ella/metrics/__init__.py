@@ -21,6 +21,11 @@ from ella.metrics.classification import (
     negative_log_likelihood,
 )
 from ella.metrics.detection import aupr, auroc, fpr_at_95_tpr
+from ella.metrics.regression import (
+    gaussian_negative_log_likelihood,
+    interval_coverage,
+    root_mean_squared_error,
+)
 from ella.metrics.reliability import reliability_diagram
 from ella.metrics.selection import area_under_risk_coverage, risk_coverage
 
@@ -38,8 +43,11 @@ __all__ = [
     "evaluate",
     "expected_calibration_error",
     "fpr_at_95_tpr",
+    "gaussian_negative_log_likelihood",
+    "interval_coverage",
     "maximum_calibration_error",
     "negative_log_likelihood",
     "reliability_diagram",
     "risk_coverage",
+    "root_mean_squared_error",
 ]

@@ -111,6 +111,22 @@ def scores_of_examples(name: str, scores: Array) -> Tensor:
     return numbers
 
 
+def columns(name: str, values: Array) -> Tensor:
+    """Finite numbers of shape (n, c), or (n,) for c = 1, as (n, c) and float64.
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If there is none, they have another shape, or one is not finite.
+    """
+    numbers = finite(name, values)
+    if numbers.ndim not in (1, 2) or numbers.numel() == 0:
+        raise ValueError(
+            f"`{name}` must have shape (n, c) or (n,) with n >= 1 and c >= 1; got "
+            f"{tuple(numbers.shape)}."
+        )
+    return numbers.unsqueeze(1) if numbers.ndim == 1 else numbers
+
+
 def smallest(probs: Array) -> float:
     """The smallest normal number of the dtype that probabilities, checked already, came in."""
     dtype = as_tensor("probs", probs[:0]).dtype
