@@ -295,6 +295,7 @@ def test_only_what_needs_the_extra_asks_for_it():
     calls += ["cross_entropy_to(probs, soft)", "divergence_from(probs, soft)"]
     calls += ["reliability_diagram({'MAP': probs}, labels)"]
     calls += [f"{name}(scores, scores, scores)" for name in FROM_GAUSSIANS]
+    calls += ["binary_negative_log_likelihood(soft[:, 0], labels)"]
     calls += ["root_mean_squared_error(scores, scores)"]
     called = {call.split("(")[0] for call in calls}
     assert called == set(metrics.__all__) - {"ROW_SUM_TOLERANCE"}  # none forgotten
@@ -354,6 +355,69 @@ def test_risk_coverage_by_hand():
         metrics.risk_coverage(scores, errors[:2])
     with pytest.raises(ValueError, match="NaN or infinite"):
         metrics.risk_coverage(scores / 0, errors)
+
+
+# Independent labels
+
+
+def binary_case(n=40, c=3, seed=0):
+    rng = np.random.default_rng(seed)
+    probs = rng.uniform(0.01, 0.99, (n, c))
+    return probs, (rng.uniform(size=(n, c)) < probs).astype(int)
+
+
+def test_binary_likelihood_agrees_with_a_loop():
+    probs, targets = binary_case()
+    expected = 0.0
+    for p, y in zip(probs, targets, strict=True):
+        expected -= math.log(math.prod(p[j] if y[j] else 1 - p[j] for j in range(3))) / len(probs)
+    found = metrics.binary_negative_log_likelihood(probs, targets)
+    assert found == pytest.approx(expected, rel=1e-12)
+    for other in (targets.astype(bool), targets.astype(float), torch.as_tensor(targets)):
+        assert metrics.binary_negative_log_likelihood(probs, other) == found
+    flipped = metrics.binary_negative_log_likelihood(1 - probs, 1 - targets)
+    assert flipped == pytest.approx(found)
+
+
+def test_binary_likelihood_by_hand():
+    probs, targets = torch.tensor([[0.9, 0.2], [0.5, 0.4]]), torch.tensor([[1, 0], [1, 1]])
+    expected = -(math.log(0.9 * 0.8) + math.log(0.5 * 0.4)) / 2
+    found = metrics.binary_negative_log_likelihood(probs, targets)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_binary_likelihood_of_two_classes_is_the_categorical_one():
+    probs, targets = binary_case(c=1)
+    both = np.concatenate([1 - probs, probs], axis=1)
+    expected = metrics.negative_log_likelihood(both, targets[:, 0])
+    assert metrics.binary_negative_log_likelihood(probs, targets) == pytest.approx(expected)
+    assert metrics.binary_negative_log_likelihood(probs[:, 0], targets) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("certain", [0.0, 1.0])
+def test_binary_likelihood_of_the_impossible_is_finite(certain):
+    probs, targets = torch.tensor([[certain]]), torch.tensor([[1 - certain]])
+    value = metrics.binary_negative_log_likelihood(probs, targets)
+    assert value == pytest.approx(-np.log(torch.finfo(torch.float32).tiny), rel=1e-6)
+    assert metrics.binary_negative_log_likelihood(probs, 1 - targets) == 0
+    rounded = probs * (1 + 1e-6)  # as an average may be
+    assert metrics.binary_negative_log_likelihood(rounded, 1 - targets) == 0
+
+
+@pytest.mark.parametrize(
+    ("probs", "targets", "error", "message"),
+    [
+        (PROBS, LABELS, ValueError, r"must have one shape; got \(4, 3\), \(4, 1\)"),
+        (PROBS.log(), PROBS > 0.3, ValueError, "sigmoid"),
+        (1 + PROBS, PROBS > 0.3, ValueError, "sigmoid"),
+        (PROBS, PROBS, ValueError, "`targets` must be 0 or 1"),
+        (PROBS[None], PROBS[None], ValueError, r"`probs` must have shape \(n, c\)"),
+        (PROBS.tolist(), PROBS > 0.3, TypeError, "`probs` must be a tensor"),
+    ],
+)
+def test_bad_binary_inputs(probs, targets, error, message):
+    with pytest.raises(error, match=message):
+        metrics.binary_negative_log_likelihood(probs, targets)
 
 
 # Regression

@@ -14,6 +14,7 @@ from ella.metrics.calibration import (
 )
 from ella.metrics.classification import (
     accuracy,
+    binary_negative_log_likelihood,
     brier,
     cross_entropy_to,
     divergence_from,
@@ -36,6 +37,7 @@ __all__ = [
     "area_under_risk_coverage",
     "aupr",
     "auroc",
+    "binary_negative_log_likelihood",
     "brier",
     "classwise_calibration_error",
     "cross_entropy_to",

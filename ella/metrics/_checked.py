@@ -10,7 +10,8 @@ from ella.inputs import check_class_labels
 Array = Tensor | NDArray[np.generic]
 """Whatever may come out of a model or a scikit-learn pipeline."""
 ROW_SUM_TOLERANCE = 1e-2
-"""How far a row of `probs` may be from 1: half-precision softmax is off by a few 1e-3."""
+"""How far a row of `probs` may be from 1, or a probability above it: half-precision softmax is off
+by a few 1e-3."""
 
 
 def as_tensor(name: str, values: Array) -> Tensor:
@@ -88,6 +89,22 @@ def probs_and_targets(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
     rows, soft = class_probabilities("probs", probs), class_probabilities("targets", targets)
     check_one_shape(probs=rows, targets=soft)
     return rows, soft
+
+
+def probs_and_bits(probs: Array, targets: Array) -> tuple[Tensor, Tensor]:
+    """Probabilities as float64 and whether each event occurred as bool, both (n, c).
+
+    Raises:
+        TypeError: See `as_tensor`.
+        ValueError: If shapes or values are bad.
+    """
+    yes, bits = columns("probs", probs), columns("targets", targets)
+    check_one_shape(probs=yes, targets=bits)
+    if (yes < 0).any() or (yes > 1 + ROW_SUM_TOLERANCE).any():
+        raise ValueError("`probs` must lie between 0 and 1; apply .sigmoid() to logits.")
+    if not ((bits == 0) | (bits == 1)).all():
+        raise ValueError("`targets` must be 0 or 1: whether each label applies.")
+    return yes.clamp_max(1), bits.bool()
 
 
 def check_one_shape(**tensors: Tensor) -> None:

@@ -2,7 +2,13 @@
 
 import torch
 
-from ella.metrics._checked import Array, probs_and_labels, probs_and_targets, smallest
+from ella.metrics._checked import (
+    Array,
+    probs_and_bits,
+    probs_and_labels,
+    probs_and_targets,
+    smallest,
+)
 from ella.metrics.calibration import adaptive_calibration_error, expected_calibration_error
 
 
@@ -35,6 +41,24 @@ def negative_log_likelihood(probs: Array, labels: Array) -> float:
     rows, classes = probs_and_labels(probs, labels)
     own = rows.gather(1, classes.unsqueeze(1))
     return -own.clamp_min(smallest(probs)).log().mean().item()
+
+
+def binary_negative_log_likelihood(probs: Array, targets: Array) -> float:
+    r"""Mean negative log-likelihood of independent yes-or-no labels, in nats an example.
+
+    .. math:: -\frac{1}{n} \sum_i \sum_c
+        \big( y_{ic} \log p_{ic} + (1 - y_{ic}) \log (1 - p_{ic}) \big)
+
+    Both p and 1 - p are floored as in `negative_log_likelihood`, which for two classes is this
+    with the probability of the second one.
+
+    Args:
+        probs: Probability of each label, shape (n, c), or (n,) for c = 1. Rows need not sum to 1.
+        targets: Whether it applies, 0 or 1 in any dtype, in the same shape.
+    """
+    yes, applies = probs_and_bits(probs, targets)
+    own = torch.where(applies, yes, 1 - yes)
+    return -own.clamp_min(smallest(probs)).log().sum(1).mean().item()
 
 
 def brier(probs: Array, labels: Array) -> float:
