@@ -5,6 +5,7 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ella import metrics
 from ella.activations import FeatureTaps, Tap, choose_taps
 from ella.calibrate import Hyperparameters, Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
@@ -55,4 +56,5 @@ __all__ = [
     "Uncertainty",
     "choose_taps",
     "entropy",
+    "metrics",
 ]

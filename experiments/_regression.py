@@ -28,6 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from ella import Predictor
 from ella.eigenfunctions import Features
 from ella.linearize import Linearized
+from ella.metrics import (
+    gaussian_negative_log_likelihood,
+    interval_coverage,
+    root_mean_squared_error,
+)
 from ella.spectral import numerical_eigenpairs
 
 ARCHIVE = "uci/yaringal_UCI_Datasets.tar.gz"
@@ -302,12 +307,11 @@ def gaussian_scores(
         "log_likelihood" (mean, in nats), "rmse" and "coverage", the share of targets in the
         central 95 % interval.
     """
-    scores = (targets - mean) / variance.sqrt()
-    log_density = -0.5 * (scores.square() + (2 * math.pi * variance).log())
+    log_likelihood = -gaussian_negative_log_likelihood(mean, variance, targets)
     return {
-        "log_likelihood": log_density.mean().item() - math.log(target_scale),
-        "rmse": (targets - mean).square().mean().sqrt().item() * target_scale,
-        "coverage": (scores.abs() < 1.959964).double().mean().item(),
+        "log_likelihood": log_likelihood - math.log(target_scale),
+        "rmse": root_mean_squared_error(mean, targets) * target_scale,
+        "coverage": interval_coverage(mean, variance, targets, 0.95),
     }
 
 
