@@ -112,9 +112,11 @@ class State:
         return value
 
     def list(self, name: str) -> list[Any]:
-        """A list; see `number`."""
-        value: list[Any] = self._typed(name, list)
-        return value
+        """A list, which JSON makes of tuples, too; see `number`."""
+        value = self.settings.get(name)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name!r} must be a list, not {value!r}")
+        return [*value]
 
     def _typed(self, name: str, kind: type) -> Any:  # noqa: ANN401 - of that type
         value = self.settings.get(name)

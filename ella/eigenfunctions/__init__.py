@@ -3,7 +3,8 @@
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
 from ella.eigenfunctions.base import EigenfunctionMethod, Eigenfunctions
 from ella.eigenfunctions.last_layer import LastLayer, LastLayerFeatures
-from ella.eigenfunctions.neuralef import NeuralEF, NeuralFeatures
+from ella.eigenfunctions.neural_features import NeuralFeatures
+from ella.eigenfunctions.neuralef import NeuralEF
 from ella.eigenfunctions.nystrom import JacobianProjection, Nystrom
 from ella.eigenfunctions.sample import KernelSample
 

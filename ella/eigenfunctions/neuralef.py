@@ -1,14 +1,15 @@
 """Neural eigenfunctions of the NTK: φ(x) for the price of one forward pass."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, choose_taps, restored_taps
+from ella.activations import FeatureTaps, choose_taps
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
+from ella.eigenfunctions.neural_features import Made, NetworkFactory, NeuralFeatures
 from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
 from ella.inputs import (
@@ -22,7 +23,6 @@ from ella.inputs import (
 )
 from ella.linearize import Linearized
 from ella.network import Network
-from ella.predictive import LogitGaussian
 from ella.saving import State
 from ella.spectral import (
     Eigenbasis,
@@ -40,8 +40,6 @@ from ella.spectral import (
 
 RESIDUALS = ("diag", "factor", "none")
 READS = ("activations", "inputs")
-NetworkFactory = Callable[[int, tuple[int, int], torch.Generator], nn.Module]
-"""`(num_inputs, (c, k), generator)` ↦ a module whose outputs have shape (n, c, k)."""
 LEARNING_STREAM = 2**32
 """Added to the seed, so that batches are not drawn like the Jacobian's rows."""
 
@@ -115,7 +113,7 @@ class NeuralEF:
 
     def fit(
         self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
-    ) -> "NeuralFeatures":
+    ) -> NeuralFeatures:
         """See `EigenfunctionMethod.fit`.
 
         Raises:
@@ -145,7 +143,7 @@ class NeuralEF:
             progress=progress,
         )
 
-    def learn(self, sample: KernelSample, *, seed: int, progress: bool) -> "NeuralFeatures":
+    def learn(self, sample: KernelSample, *, seed: int, progress: bool) -> NeuralFeatures:
         """The other half: train the networks. One sample serves many ranks and settings.
 
         Raises:
@@ -176,38 +174,13 @@ class NeuralEF:
 
     def restore(
         self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
-    ) -> "NeuralFeatures":
+    ) -> NeuralFeatures:
         """See `EigenfunctionMethod.restore`.
 
         Raises:
             ValueError: If the file was made with a network of the user's and none is given.
         """
-        taps = FeatureTaps(network, restored_taps(state))
-        settings, tensors = state.settings, dict(state.tensors)
-        made = _read_made(state)
-        net: nn.Module
-        if settings["network"] is not None:
-            net = _rebuild(settings["network"])
-        elif self.network is not None:
-            net = _make(self.network, made, torch.Generator())
-        else:
-            raise ValueError(
-                "The file holds weights of a custom eigen-network. Pass "
-                "`eigenfunctions=NeuralEF(network=...)` with the same factory to load."
-            )
-        residual = None
-        if settings["residual"] is not None:
-            kind = LEARNED[settings["residual"]["kind"]]
-            residual = kind(_rebuild(settings["residual"]["network"]))
-        like = tensors["mixing"]
-        for name, module in (("network", net), ("residual", residual)):
-            if module is not None:
-                # In the file's dtype first, so that no digit of the weights is lost.
-                module.to(like).load_state_dict(_with_prefix(tensors, f"{name}."))
-                module.eval().requires_grad_(False)
-        # Older files hold A√μ as one matrix; eigenvalues of one leave it as it is.
-        eigenvalues = tensors.get("eigenvalues", like.new_ones(like.shape[1]))
-        return NeuralFeatures(taps, Eigenbasis(net, like, eigenvalues), residual, made)
+        return NeuralFeatures.restore(network, state, self.network)
 
     def _collect(
         self, linearized: Linearized, loader: Iterable[Any], generator: torch.Generator
@@ -248,10 +221,10 @@ class NeuralEF:
         return sample.inputs
 
     def _network(
-        self, made: "Made", inputs: Tensor, like: Tensor, generator: torch.Generator
+        self, made: Made, inputs: Tensor, like: Tensor, generator: torch.Generator
     ) -> nn.Module:
         """A network with its first weights, in the dtype and on the device of a tensor."""
-        network = _make(self.network or self._built_in, made, generator).to(like)
+        network = made.by(self.network or self._built_in, generator).to(like)
         if isinstance(network, Standardizing):
             network.standardize(inputs)
         with torch.no_grad():
@@ -307,91 +280,12 @@ class NeuralEF:
         return learned
 
 
-@dataclass(frozen=True)
-class Made:
-    """What an eigen-network was made for, so that a saved one can be made again.
-
-    Attributes:
-        reads: "activations" or "inputs".
-        num_inputs: Numbers it reads of one example.
-        shape: (c, k).
-    """
-
-    reads: str
-    num_inputs: int
-    shape: tuple[int, int]
-
-
 @runtime_checkable
 class Standardizing(Protocol):
     """A network that can be told the mean and scale of what it reads."""
 
     def standardize(self, features: Tensor) -> None:
         """Set both from examples."""
-
-
-LEARNED: dict[str, type[LearnedResidual]] = {
-    kind.__name__: kind for kind in (DiagonalResidual, FactorResidual)
-}
-
-
-class NeuralFeatures:
-    """φ(x) = ψ(x)A√μ and R(x), both from networks, in one forward pass with the logits.
-
-    Args:
-        taps: Read the classifier's activations.
-        basis: ψA and μ, eigenpairs of the NTK.
-        residual: Gives R; None drops it.
-        made: What ψ reads, and of what shape it is.
-    """
-
-    def __init__(
-        self,
-        taps: FeatureTaps,
-        basis: Eigenbasis,
-        residual: LearnedResidual | None,
-        made: Made,
-    ) -> None:
-        self.taps = taps
-        self.basis = basis
-        self.residual = residual
-        self.made = made
-
-    @torch.no_grad()
-    def __call__(self, x: Inputs) -> LogitGaussian:
-        """Evaluate at n inputs."""
-        logits, activations = self.taps(x)
-        phi = self.basis.features(x if self.made.reads == "inputs" else activations)
-        residual = None if self.residual is None else self.residual(activations)
-        return LogitGaussian(logits, phi, residual)
-
-    @property
-    def rank(self) -> int:
-        """K."""
-        return self.basis.mixing.shape[1]
-
-    def state(self) -> State:
-        """See `Eigenfunctions.state`."""
-        basis = self.basis
-        named = {f"network.{name}": t for name, t in basis.network.state_dict().items()}
-        if self.residual is not None:
-            state = self.residual.state_dict()
-            named |= {f"residual.{name}": t for name, t in state.items()}
-        residual = None
-        if self.residual is not None:
-            described = self.residual.network.settings()
-            residual = {"kind": type(self.residual).__name__, "network": described}
-        network = basis.network
-        return State(
-            {"mixing": basis.mixing, "eigenvalues": basis.eigenvalues, **named},
-            {
-                "taps": [asdict(tap) for tap in self.taps.taps],
-                "made": asdict(self.made),
-                # Not `isinstance`: a class derived from it may do anything.
-                "network": network.settings() if type(network) is ResidualMLP else None,
-                "residual": residual,
-            },
-        )
 
 
 def check_residual(residual: str) -> None:
@@ -427,32 +321,3 @@ def evaluate(network: nn.Module, inputs: Inputs, size: int = 1024) -> Tensor:
     """Network values at all inputs, in batches, without gradients."""
     network.eval().requires_grad_(False)
     return torch.cat([network(take(inputs, i)) for i in slices(num_examples(inputs), size)])
-
-
-def _make(factory: NetworkFactory, made: Made, generator: torch.Generator) -> nn.Module:
-    """Call a factory; what it draws from the global generator follows from the given one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator.initial_seed())
-        return factory(made.num_inputs, made.shape, generator)
-
-
-def _read_made(state: State) -> Made:
-    """From a file; one of before networks were made by factories tells only k of a custom one."""
-    settings = state.settings
-    if "made" in settings:
-        made = settings["made"]
-        return Made(made["reads"], made["num_inputs"], tuple(made["shape"]))
-    if settings["reads_inputs"]:
-        return Made("inputs", 0, (0, len(state.tensor("mixing", (None, None)))))
-    return Made(
-        "activations", settings["network"]["num_inputs"], tuple(settings["network"]["shape"])
-    )
-
-
-def _rebuild(settings: dict[str, Any]) -> ResidualMLP:
-    """A network to load weights into; its own come from no generator that anyone else uses."""
-    return ResidualMLP(**settings, generator=torch.Generator())
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -2,13 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ella.spectral.laplacian import Jet
+
+MAX_DEPTH = 64
+"""Hidden layers that a file may ask for."""
 
 
 class ResidualMLP(nn.Module):
@@ -69,6 +72,31 @@ class ResidualMLP(nn.Module):
         names = ("num_inputs", "shape", "width", "depth", "dropout")
         return {name: getattr(self, name) for name in names}
 
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ResidualMLP":
+        """The network of these `settings` with these weights, in their dtype.
+
+        Nothing of a size that the settings claim is built before the tensors have shown it.
+
+        Raises:
+            TypeError: If a setting has another name or type.
+            ValueError: If a size is out of range, or tensors are missing, misshaped or not finite.
+        """
+        known = {**settings, "shape": tuple(settings["shape"])}
+        if not 0 <= known["depth"] <= MAX_DEPTH:
+            raise ValueError(f"`depth` must lie in 0..{MAX_DEPTH}; got {known['depth']}")
+        with torch.device("meta"):
+            network = cls(**known)
+        for name, empty in network.state_dict().items():
+            found = tensors.get(name)
+            if found is None or found.shape != empty.shape or not found.is_floating_point():
+                got = "none" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+                raise ValueError(f"{name!r} must be a tensor {tuple(empty.shape)}; got {got}")
+            if not torch.isfinite(found).all():
+                raise ValueError(f"{name!r} holds NaN or infinite values")
+        network.load_state_dict(dict(tensors), assign=True)
+        return network
+
     def forward(self, features: Tensor) -> Tensor:
         """Values of shape (n, *shape)."""
         x = (features - self.mean) / self.scale
@@ -82,7 +110,8 @@ class ResidualMLP(nn.Module):
 
 def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """A linear layer whose weights come from `generator` and leave the global RNG alone."""
-    layer = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)
+    device = torch.get_default_device()
+    layer = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs, device=device)
     with torch.no_grad():
         layer.weight.normal_(0, num_inputs**-0.5, generator=generator)
         layer.bias.zero_()
