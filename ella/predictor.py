@@ -74,11 +74,12 @@ class Predictive(ABC):
     def calibrate(
         self, val_loader: Iterable[Any], *, link: str | Link = "mc", n_samples: int = 64
     ) -> "Self":
-        """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation NLL.
+        """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation likelihood × hyperprior.
 
-        The inputs are evaluated once; the search works on the cached result. MAP and temperature
-        scaling are inside it. A method that has nothing to choose, the MAP, stays as it is. The
-        link and the number of draws are remembered: what was tuned is what predicts.
+        The inputs are evaluated once; the search (see `Search`) works on the cached result. The
+        MAP and temperature scaling are inside it. A method that has nothing to choose, the MAP,
+        stays as it is. The link and the number of draws are remembered: what was tuned is what
+        predicts. A warning says what the validation data do not determine.
 
         Args:
             val_loader: Data that the classifier was **not** trained on; on training data it is
@@ -259,13 +260,14 @@ class Predictive(ABC):
     @staticmethod
     def _warn_of_edges(tuning: Tuning) -> None:
         if tuning.edges:
-            found = ", ".join(
-                f"{name.replace('_', ' ')}, {getattr(tuning.hyperparameters, name):.3g},"
+            found = " and ".join(
+                f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
                 for name in tuning.edges
             )
             warnings.warn(
-                f"calibrate: the best {found} lies at the edge of the searched range. More "
-                f"validation data than {tuning.num_examples} examples may settle it.",
+                f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
+                f"an end of the searched range; in brackets is what the hyperprior made of it. "
+                f"More validation data may settle it.",
                 stacklevel=3,
             )
 

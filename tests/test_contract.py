@@ -28,7 +28,7 @@ from ella.baselines import (
     TemperatureScaling,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:calibrate. the best")
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
 
 N, D = 40, 4
 QUIET = {"progress": False}

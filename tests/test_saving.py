@@ -31,7 +31,7 @@ from ella.eigenfunctions import KernelSample
 from ella.linearize import Linearized
 from ella.network import Network
 
-pytestmark = pytest.mark.filterwarnings("ignore:calibrate. the best")
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
 
 FILES = Path(__file__).parent / "files"
 SHORT = Training(steps=20, batch_size=16)

@@ -23,9 +23,6 @@ from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictive import Evaluation, LogitGaussian
 
-GRID_SIZE = 8
-"""Prior precisions that `calibrate` tries before it refines: half of the usual 15, see class."""
-
 PROBED = 32
 """Training examples from which the scale of the prior variance is taken."""
 
@@ -40,8 +37,8 @@ class KroneckerLaplace(LaplaceBaseline):
 
     Each prediction takes the Jacobian of its batch, c backward passes, in chunks within
     `memory_budget`. Jacobians are too large to keep, so `calibrate` reduces each at once to the
-    covariances (c, c) at the 17 prior precisions that a coarser search of 8 may ask for: it holds
-    17·c² numbers for each validation example. The searched range is set by the prior variance of
+    covariances (c, c) at the 15 prior precisions that the search asks for: it holds
+    15·c² numbers for each validation example. The searched range is set by the prior variance of
     training examples.
 
     Reference: A Scalable Laplace Approximation for Neural Networks (Ritter et al., 2018),
@@ -100,7 +97,7 @@ class KroneckerLaplace(LaplaceBaseline):
             num_examples += len(y)
         assert first is not None
         blocks = self._run(linearized, loader, num_examples)
-        grid = _half_step_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
+        grid = precision_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
 
         def assign() -> None:
             self._blocks, self._grid, self._linearized = blocks, grid, linearized
@@ -149,7 +146,7 @@ class KroneckerLaplace(LaplaceBaseline):
         return _KroneckerEvaluation(self._linearized(x), covariances, tuple(precisions))
 
     def _precisions(self, evaluation: Evaluation) -> list[float]:
-        return self._grid[1::2]
+        return self._grid
 
 
 @dataclass(frozen=True)
@@ -272,10 +269,3 @@ def _covered_parameters(model: nn.Module) -> list[str]:
             "KroneckerLaplace needs a trainable nn.Linear or nn.Conv2d; the model has none."
         )
     return names
-
-
-def _half_step_grid(prior_variance: float) -> list[float]:
-    """Precisions with the midpoints (in log δ) around each, which the search refines at."""
-    coarse = precision_grid(prior_variance, GRID_SIZE)
-    half = math.sqrt(coarse[-1] / coarse[0]) ** (1 / (GRID_SIZE - 1))
-    return [coarse[0] / half, *(d * s for d in coarse for s in (1.0, half))]

@@ -8,7 +8,7 @@ for: a subclass of `Discrete` if the response is probabilities, else of `Likelih
 from collections.abc import Callable
 
 from ella.inputs import check_positive
-from ella.likelihoods.base import Discrete, Likelihood, Losses
+from ella.likelihoods.base import Discrete, Likelihood, Losses, Spreads
 from ella.likelihoods.bernoulli import Bernoulli
 from ella.likelihoods.categorical import Categorical
 from ella.likelihoods.normal import Normal
@@ -20,6 +20,7 @@ __all__ = [
     "Likelihood",
     "Losses",
     "Normal",
+    "Spreads",
     "as_likelihood",
 ]
 

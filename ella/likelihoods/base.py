@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,21 @@ Losses = Callable[[float, float], Tensor]
 """(T, scale) ↦ negative log-likelihood of each example, shape (n,), float64, in nats."""
 
 
+@dataclass(frozen=True)
+class Spreads:
+    """Standard deviations of log-normal hyperpriors.
+
+    Attributes:
+        precision: Of log δ, around the δ at which the prior standard deviation of an output is 1.
+        temperature: Of log T, around 1.
+        scale: Of the log scale, around where it starts.
+    """
+
+    precision: float = 1.0
+    temperature: float = 0.5
+    scale: float = 0.2
+
+
 class Likelihood(ABC):
     r"""A likelihood p(y | f) of targets given the n×c outputs of a model.
 
@@ -24,12 +40,12 @@ class Likelihood(ABC):
     Attributes:
         scale: The hyperparameter that `calibrate` searches beside δ and T: "logit_temperature",
             τ, which divides the outputs, or "noise_variance", σ².
-        scale_spread: Standard deviation of its logarithm under the hyperprior.
+        spreads: Of the hyperprior; see `Spreads`.
         links: The links that have a meaning.
     """
 
     scale: ClassVar[str] = "logit_temperature"
-    scale_spread: ClassVar[float] = 0.5
+    spreads: ClassVar[Spreads] = Spreads()
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo,)
 
     # Targets

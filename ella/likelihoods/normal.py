@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ella.inputs import check_positive, check_real_targets
-from ella.likelihoods.base import Likelihood, Losses
+from ella.likelihoods.base import Likelihood, Losses, Spreads
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, logit_variance
 
@@ -29,7 +29,8 @@ class Normal(Likelihood):
 
     noise_variance: float | None = None
     scale: ClassVar[str] = "noise_variance"
-    scale_spread: ClassVar[float] = 3.0
+    # Outputs have no scale of their own, as logits do.
+    spreads: ClassVar[Spreads] = Spreads(math.inf, 2.0, 3.0)
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo, LaplaceBridge)  # all are exact here
 
     def __post_init__(self) -> None:
