@@ -15,6 +15,7 @@ from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, Probit
 from ella.predictor import Evaluated, ModelChangedError, NotFittedError, Predictive, Predictor
+from ella.saving import State
 from ella.scores import Uncertainty, entropy
 from ella.spectral import NestedLoRA, NeuralEFObjective, Training
 
@@ -50,6 +51,7 @@ __all__ = [
     "Predictive",
     "Predictor",
     "Probit",
+    "State",
     "Tap",
     "Training",
     "Tuning",

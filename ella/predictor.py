@@ -305,7 +305,7 @@ class Predictor(Predictive):
         """Compute once what prediction needs of a data set, to tune and to score it many times.
 
         Args:
-            loader: Yields (x, y, ...); the labels are not used.
+            loader: Yields x or (x, y, ...); labels are not used.
 
         Returns:
             This method for inputs that are row numbers of the data set, tensors of integers.
@@ -315,7 +315,9 @@ class Predictor(Predictive):
             ModelChangedError: If the weights changed since.
         """
         self._require_fitted()
-        return Evaluated(self, self._evaluate_loader(loader)[0])
+        inputs = self._progress_over(unlabelled(loader, self._device), "evaluate")
+        parts = [self._evaluate(x) for x in inputs]
+        return Evaluated(self, type(parts[0]).joined(parts))
 
     @property
     def _device(self) -> torch.device:

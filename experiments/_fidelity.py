@@ -8,8 +8,7 @@ import torch
 from _report import IN_COLOR, OUT_COLOR, new_figure
 from torch import Tensor
 
-from ella.eigenfunctions import Features
-from ella.linearize import Linearized
+from ella import Linearized, LogitGaussian
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class ExactKernel:
         return _traces(self.blocks)
 
 
-def fidelity(kernel: ExactKernel, features: Features) -> dict[str, float]:
+def fidelity(kernel: ExactKernel, prior: LogitGaussian) -> dict[str, float]:
     """The four figures that `experiments/eigenfunctions.py` explains."""
-    phi = features.phi.double().flatten(0, 1)
+    phi = prior.factor.double().flatten(0, 1)
     basis = torch.linalg.qr(phi).Q
     best = kernel.eigenvalues[: phi.shape[1]].sum()
-    blocks = predicted_blocks(features)
+    blocks = predicted_blocks(prior)
     errors = (blocks - kernel.blocks).flatten(1).norm(dim=1) / kernel.blocks.flatten(1).norm(dim=1)
     logs = torch.stack([_traces(blocks).log(), kernel.traces().log()])
     return {
@@ -59,30 +58,30 @@ def fidelity(kernel: ExactKernel, features: Features) -> dict[str, float]:
     }
 
 
-def predicted_blocks(features: Features) -> Tensor:
+def predicted_blocks(prior: LogitGaussian) -> Tensor:
     """φφᵀ + R, shape (n, c, c), float64."""
-    blocks = features.phi.double() @ features.phi.double().mT
-    if features.residual is None:
+    blocks = prior.factor.double() @ prior.factor.double().mT
+    if prior.residual is None:
         return blocks
-    residual = features.residual.double()
+    residual = prior.residual.double()
     return blocks + (residual if residual.ndim == 3 else torch.diag_embed(residual))
 
 
-def plot_fidelity(kernel: ExactKernel, features: Mapping[str, Features], path: Path) -> None:
+def plot_fidelity(kernel: ExactKernel, priors: Mapping[str, LogitGaussian], path: Path) -> None:
     """Spectrum, and predicted against exact variance of the logits.
 
     Args:
         kernel: The truth.
-        features: At the same inputs, by method; the last one is in the right panel.
+        priors: At the same inputs, by method; the last one is in the right panel.
         path: Where to write; the suffix decides the format.
     """
     figure = new_figure(8.4, 3.4)
     left, right = figure.subplots(1, 2)
     n = len(kernel.blocks)
-    shown = 2 * max(each.phi.shape[2] for each in features.values())
+    shown = 2 * max(each.factor.shape[2] for each in priors.values())
     left.loglog(kernel.eigenvalues[:shown] / n, color="black", label="exact")
-    for name, each in features.items():
-        phi = each.phi.double().flatten(0, 1)
+    for name, each in priors.items():
+        phi = each.factor.double().flatten(0, 1)
         left.loglog(torch.linalg.eigvalsh(phi.T @ phi).flip(0) / n, label=name)
     left.set_xlabel("index")
     left.set_ylabel("eigenvalue of the kernel")

@@ -1,8 +1,8 @@
 """The images of the CIFAR-10 study, in one order for all methods."""
 
-import argparse
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,21 +33,31 @@ class Images:
         return Images(self.x[:count], self.y[:count])
 
 
+class Sizes(Protocol):
+    """What the study is asked for; see `StudySettings`."""
+
+    root: str | None
+    num_test: int
+    num_cropped: int
+    num_ood: int
+    num_shift: int
+
+
 class Data:
     """All images of the study. What comes first in each set is the same for every method.
 
     Args:
-        args: Sizes (`_suite.add_options`) and root.
+        sizes: How many of each, and the root.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.root = args, data_root(args.root)
-        self.task: Task = load_task("cifar10", args.root, num_val=1)
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, self.root = sizes, data_root(sizes.root)
+        self.task: Task = load_task("cifar10", sizes.root, num_val=1)
         # The task shuffles the test set; the human labels come in its first order.
         images = load_mosaic(self.root / "cifar10" / "test_batch.webp")
         stored = np.load(self.root / "cifar10" / "labels.npz")
         labels = torch.from_numpy(stored["test_batch_labels"].astype(np.int64))
-        count = args.num_test
+        count = sizes.num_test
         self.test = Images(self._normalized(images[:count]), labels[:count])
         self._corrupted: dict[tuple[str, int], Images] = {}
 
@@ -65,7 +75,7 @@ class Data:
     @cached_property
     def cropped(self) -> Images:
         """Training images as RandomResizedCrop(32, scale=(0.5, 1)) shows them, once each."""
-        chosen = self._training(self.args.num_cropped, seed=1)
+        chosen = self._training(self.sizes.num_cropped, seed=1)
         crop = RandomResizedCrop(32, scale=(0.5, 1), antialias=True)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -74,7 +84,7 @@ class Data:
     @cached_property
     def ood(self) -> dict[str, Images]:
         """Images of no class of CIFAR-10, grey ones padded to 32 pixels."""
-        count = self.args.num_ood
+        count = self.sizes.num_ood
         sources = dict(self.task.ood)
         for name in ("FashionMNIST", "MNIST"):
             grey = load_idx(self.root / name / "raw" / "t10k-images-idx3-ubyte.gz")[:count]
@@ -88,7 +98,7 @@ class Data:
     def corrupted(self, kind: str, severity: int) -> Images:
         """The first test images, corrupted; made once."""
         if (kind, severity) not in self._corrupted:
-            some = self.test.first(self.args.num_shift)
+            some = self.test.first(self.sizes.num_shift)
             clean = replace(self.task, test=TensorDataset(some.x, some.y))
             made = Images(*clean.corrupted_test(kind, severity).tensors)
             self._corrupted[kind, severity] = made

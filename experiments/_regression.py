@@ -25,9 +25,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ella import Predictor
-from ella.eigenfunctions import Features
-from ella.linearize import Linearized
+from ella import Linearized, LogitGaussian, Predictor, State
 from ella.metrics import (
     gaussian_negative_log_likelihood,
     interval_coverage,
@@ -235,24 +233,23 @@ def summed_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AllWeights:
-    """φ(x) = J(x), k = p: the linearized Laplace approximation with nothing left out."""
+    """φ(x) = J(x), k = p: the linearized Laplace approximation with nothing left out.
+
+    Attributes:
+        residual: "none", as there is none.
+    """
+
+    residual: str = "none"
 
     def fit(
         self,
         linearized: Linearized,
         loader: Iterable[Any],
         *,
-        residual: str,
         seed: int,
         progress: bool,
     ) -> "AllWeightsFeatures":
         """See `EigenfunctionMethod.fit`; there is nothing to find, and no residual."""
-        return AllWeightsFeatures(linearized)
-
-    def restore(
-        self, linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any]
-    ) -> "AllWeightsFeatures":
-        """See `EigenfunctionMethod.restore`."""
         return AllWeightsFeatures(linearized)
 
 
@@ -266,17 +263,18 @@ class AllWeightsFeatures:
 
     linearized: Linearized
 
-    def __call__(self, x: Tensor) -> Features:
+    @property
+    def rank(self) -> int:
+        """The number of weights, p."""
+        return self.linearized.num_parameters
+
+    def __call__(self, x: Tensor) -> LogitGaussian:
         """Evaluate at n inputs."""
-        return Features(self.linearized(x), self.linearized.jacobian(x), None)
+        return LogitGaussian(self.linearized(x), self.linearized.jacobian(x))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
-        return {}
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
+        return State()
 
 
 def full_rank(model: nn.Module, x: Tensor) -> int:

@@ -7,29 +7,22 @@ killed, reads it instead. What the pass took is kept with it and charged to ever
 it, so shared work is not mistaken for cheap work.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from _posterior import reduced
+from _given import digest, reduced
 from _report import PeakMemory, cpu_timed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella import NeuralEF, Nystrom
-from ella.activations import FeatureTaps, Tap, hooked
-from ella.eigenfunctions import Features
-from ella.eigenfunctions.neuralef import NeuralFeatures
-from ella.eigenfunctions.nystrom import JacobianProjection
-from ella.eigenfunctions.sample import KernelSample
-from ella.linearize import Linearized
+from ella import FeatureTaps, Linearized, LogitGaussian, Network, NeuralEF, Nystrom, State, Tap
+from ella.eigenfunctions import JacobianProjection, KernelSample, NeuralFeatures
 
 
 @dataclass
@@ -82,6 +75,10 @@ class Store:
         partial.rename(path)
         return tensors, settings
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
+        """Itself: copies of a model that holds a store use the same one."""
+        return self
+
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Compute everything, as for timing."""
@@ -109,48 +106,34 @@ class SampledOnce:
         linearized: Linearized,
         loader: Iterable[Any],
         *,
-        residual: str,
         seed: int,
         progress: bool,
     ) -> NeuralFeatures:
         """See `EigenfunctionMethod.fit`."""
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            sample = self.method.sample(linearized, loader, seed=seed, progress=progress)
-            return _unpacked(sample)
+            state = self.method.sample(linearized, loader, seed=seed, progress=progress).state()
+            return dict(state.tensors), dict(state.settings)
 
         options = (self.method.num_inputs, self.method.num_directions, seed)
         name = "sample-{}-{}-{}".format(*options)
-        tensors, settings = self.store.get(name, make, PeakMemory("cpu"))
-        sample = _packed(linearized, tensors, settings, self.store)
-        return self.method.learn(sample, residual=residual, seed=seed, progress=progress)
-
-
-def _unpacked(sample: KernelSample) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    named = ("inputs", "activations", "kernel_features", "diagonal", "blocks", "axes")
-    tensors = {name: getattr(sample, name) for name in named}
-    return tensors, {"taps": [asdict(tap) for tap in sample.taps.taps], "scale": sample.scale}
-
-
-def _packed(
-    linearized: Linearized, tensors: dict[str, Tensor], settings: dict[str, Any], store: Store
-) -> KernelSample:
-    taps = KeptTaps(linearized, [Tap(**tap) for tap in settings["taps"]], store)
-    here = {name: tensor.to(linearized.device) for name, tensor in tensors.items()}
-    return KernelSample(taps=taps, scale=settings["scale"], **here)
+        state = State(*self.store.get(name, make, PeakMemory("cpu")))
+        sample = KernelSample.restore(linearized.network, state.to(linearized.device))
+        taps = KeptTaps(linearized.network, sample.taps.taps, self.store)
+        return self.method.learn(replace(sample, taps=taps), seed=seed, progress=progress)
 
 
 class KeptTaps(FeatureTaps):
     """Logits and activations, from disk for images that were seen before.
 
     Args:
-        linearized: The model.
+        network: The model.
         taps: Where to read.
         store: Of one network.
     """
 
-    def __init__(self, linearized: Linearized, taps: list[Tap], store: Store) -> None:
-        super().__init__(linearized, taps)
+    def __init__(self, network: Network, taps: list[Tap], store: Store) -> None:
+        super().__init__(network, taps)
         self.store = store
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +143,7 @@ class KeptTaps(FeatureTaps):
             logits, activations = super(KeptTaps, self).__call__(x)
             return {"logits": logits, "activations": activations}, {}
 
-        kept = self.store.get(f"activations-{_digest(x)}", make)[0]
+        kept = self.store.get(f"activations-{digest(x)}", make)[0]
         return kept["logits"].to(x.device), kept["activations"].to(x.device)
 
 
@@ -185,11 +168,16 @@ class KeptBody(nn.Module):
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             read: list[Tensor] = []
-            with hooked([(self.network.fc, lambda module, args, output: read.append(args[0]))]):
+            handle = self.network.fc.register_forward_pre_hook(
+                lambda _, args: read.append(args[0])
+            )
+            try:
                 self.network(x)
+            finally:
+                handle.remove()
             return {"penultimate": read[0]}, {}
 
-        kept = self.store.get(f"penultimate-{_digest(x)}", make)[0]
+        kept = self.store.get(f"penultimate-{digest(x)}", make)[0]
         return self.fc(kept["penultimate"].to(x.device))
 
 
@@ -203,34 +191,33 @@ class ProjectedOnce:
         method: The settings of the large rank.
         rank: k.
         store: Of one network.
+        residual: "diag", "exact" or "none".
     """
 
     method: Nystrom
     rank: int
     store: Store
+    residual: str = "diag"
 
     def fit(
         self,
         linearized: Linearized,
         loader: Iterable[Any],
         *,
-        residual: str,
         seed: int,
         progress: bool,
     ) -> "KeptProjection":
         """See `EigenfunctionMethod.fit`."""
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            fitted = self.method.fit(
-                linearized, loader, residual="exact", seed=seed, progress=progress
-            )
-            return fitted.tensors(), {}
+            fitted = self.method.fit(linearized, loader, seed=seed, progress=progress)
+            return dict(fitted.state().tensors), {}
 
         name = f"directions-{self.method.subsample}-{seed}"
         kept, _ = self.store.get(name, make, PeakMemory("cpu"))
         directions = kept["directions"].to(linearized.device)
         whole = JacobianProjection(linearized, directions, "exact")
-        return KeptProjection(whole, self.rank, residual, self.store)
+        return KeptProjection(whole, self.rank, self.residual, self.store)
 
 
 @dataclass(frozen=True)
@@ -252,34 +239,26 @@ class KeptProjection:
     @cached_property
     def digest(self) -> str:
         """Of the directions, part of the names of the files."""
-        return _digest(self.whole.directions)
+        return digest(self.whole.directions)
 
-    def __call__(self, x: Tensor) -> Features:
+    def __call__(self, x: Tensor) -> LogitGaussian:
         """Evaluate at n inputs."""
         if not self.store.open:
             return self.alone()(x)
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            return self.whole(x)._asdict(), {}
+            whole = self.whole(x)
+            return {"logits": whole.mean, "phi": whole.factor, "residual": whole.residual}, {}
 
-        tensors, _ = self.store.get(f"features-{self.digest}-{_digest(x)}", make)
-        kept = Features(**{name: tensor.to(x.device) for name, tensor in tensors.items()})
-        return reduced(kept, self.rank, self.residual)
+        kept, _ = self.store.get(f"features-{self.digest}-{digest(x)}", make)
+        whole = LogitGaussian(kept["logits"], kept["phi"], kept["residual"]).to(x.device)
+        return reduced(whole, self.rank, self.residual)
 
     def alone(self) -> JacobianProjection:
         """The method as a user has it: nothing kept, and no more computed than it needs."""
         directions = self.whole.directions[: self.rank]
         return JacobianProjection(self.whole.linearized, directions, self.residual)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Eigenfunctions.tensors`."""
-        return self.alone().tensors()
-
-    def settings(self) -> dict[str, Any]:
-        """See `Eigenfunctions.settings`."""
-        return self.alone().settings()
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:20]
+    def state(self) -> State:
+        """See `Eigenfunctions.state`."""
+        return self.alone().state()

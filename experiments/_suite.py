@@ -10,7 +10,6 @@ seed, and tests on all test images. Protocol B tunes on 2,000 test images and te
 (a quarter of the test images, where fewer than 8,000 are used).
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,12 @@ from _corruptions import CORRUPTIONS
 from _images import Data
 from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
 from _report import PeakMemory, cpu_timed, earlier_rows, forward_ratio, save_results
+from _settings import OnDevice, option, recorded
 from _store import KeptBody, ProjectedOnce, SampledOnce, Store
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ella import ELLA, NeuralEF, Nystrom, Predictor, Training
+from ella import ELLA, Evaluated, NeuralEF, Nystrom, Predictor, Training, Uncertainty, entropy
 from ella.baselines import (
     KroneckerLaplace,
     LastLayerLaplace,
@@ -46,8 +46,6 @@ from ella.metrics import (
     negative_log_likelihood,
     risk_coverage,
 )
-from ella.predictive import Uncertainty, entropy
-from ella.predictor import Evaluated
 
 MEASURES = ("calibration", "ood", "shift")
 SCORES = ("confidence_deficit", "entropy", "mutual_information", "logit_variance", "energy")
@@ -56,6 +54,7 @@ PAPER_PRECISION = 25.0
 """δ of the ELLA paper on CIFAR-10."""
 COVERAGES = 50
 ENSEMBLE = "ensemble"
+ARCHS = (*(f"resnet{depth}" for depth in RESNET_DEPTHS), ENSEMBLE)
 SIZES = (
     "fit_on",
     "fit_slow_on",
@@ -71,20 +70,43 @@ SIZES = (
 Tune = Callable[[Evaluated, Tensor, Tensor], Evaluated]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Sizes of the study. The defaults are for a GPU; README.md says what was run."""
-    archs = [*(f"resnet{depth}" for depth in RESNET_DEPTHS), ENSEMBLE]
-    parser.add_argument("--archs", nargs="+", default=archs)
-    parser.add_argument("--kept", type=Path, help="folder of what is computed once (OUT/kept)")
-    parser.add_argument("--fit-on", type=int, default=50_000, help="training images for G")
-    parser.add_argument("--fit-slow-on", type=int, default=50_000, help="for exact Jacobians")
-    parser.add_argument("--num-inputs", type=int, default=50_000, help="images NeuralEF learns on")
-    parser.add_argument("--num-directions", type=int, default=256, help="see NeuralEF")
-    parser.add_argument("--num-rows", type=int, default=2000, help="rows of Nyström")
-    parser.add_argument("--num-cropped", type=int, default=10_000, help="to tune on, protocol A")
-    parser.add_argument("--num-test", type=int, default=10_000)
-    parser.add_argument("--num-ood", type=int, default=5000, help="of each source; 0: none")
-    parser.add_argument("--num-shift", type=int, default=2000, help="images a corruption; 0: none")
+@dataclass(frozen=True)
+class StudySettings(OnDevice):
+    """Sizes of the study. The defaults are for a GPU; README.md says what was run.
+
+    Attributes:
+        archs: Networks.
+        kept: Folder of what is computed once; None takes one in `out`.
+        seeds: How many.
+        first_seed: The first of them.
+        only: Parts of the names of the methods to run, a|b|c.
+        slow: Whether to add what takes hours without a GPU.
+        fit_on: Training images for G.
+        fit_slow_on: The same for methods that need exact Jacobians.
+        num_inputs: Images that NeuralEF learns on.
+        num_directions: See `NeuralEF`.
+        num_rows: Rows of Nyström.
+        num_cropped: Images to tune on in protocol A.
+        num_test: Test images.
+        num_ood: Images of each source that is out of distribution.
+        num_shift: Images of each corruption.
+    """
+
+    archs: tuple[str, ...] = option(ARCHS, "networks")
+    kept: Path | None = option(None, "folder of what is computed once (OUT/kept)", parse=Path)
+    seeds: int = option(5, "how many")
+    first_seed: int = option(0, "the first of them")
+    only: str | None = option(None, "run the methods whose name contains one of these, a|b|c")
+    slow: bool = option(False, "add what takes hours without a GPU")
+    fit_on: int = option(50_000, "training images for G")
+    fit_slow_on: int = option(50_000, "for exact Jacobians")
+    num_inputs: int = option(50_000, "images NeuralEF learns on")
+    num_directions: int = option(256, "see NeuralEF")
+    num_rows: int = option(2000, "rows of Nyström")
+    num_cropped: int = option(10_000, "to tune on, protocol A")
+    num_test: int = option(10_000, "test images")
+    num_ood: int = option(5000, "of each source; 0: none")
+    num_shift: int = option(2000, "images a corruption; 0: none")
 
 
 @dataclass(frozen=True)
@@ -150,38 +172,41 @@ class Family:
     slow: bool = False
 
 
-def families(args: argparse.Namespace) -> list[Family]:
+def families(settings: StudySettings) -> list[Family]:
     """All methods."""
     quiet: dict[str, Any] = {"progress": False}
-    size: dict[str, Any] = {"num_inputs": args.num_inputs, "num_directions": args.num_directions}
-    if args.smoke:
+    size: dict[str, Any] = {
+        "num_inputs": settings.num_inputs,
+        "num_directions": settings.num_directions,
+    }
+    if settings.smoke:
         short = Training(steps=30, batch_size=32)
         size |= {"rank": 4, "num_directions": 16, "width": 16, "teacher": short}
-    rank, few = (6, 4) if args.smoke else (64, 20)
-    exact = Nystrom(rank, args.num_rows)
+    rank, few = (6, 4) if settings.smoke else (64, 20)
+    exact = Nystrom(rank, settings.num_rows, residual="exact")
 
     def last_layer(structure: str) -> Callable[[Network], Predictor]:
         return lambda network: LastLayerLaplace(network.body, structure=structure, **quiet)
 
     def nystrom(k: int, residual: str) -> Callable[[Network], Predictor]:
         def make(network: Network) -> Predictor:
-            found = ProjectedOnce(exact, k, network.stores[0])
-            return ELLA(network.model, eigenfunctions=found, residual=residual, **quiet)
+            found = ProjectedOnce(exact, k, network.stores[0], residual)
+            return ELLA(network.model, eigenfunctions=found, **quiet)
 
         return make
 
     def neural(residual: str) -> Callable[[Network], Predictor]:
         def make(network: Network) -> Predictor:
-            found = SampledOnce(NeuralEF(**size), network.stores[0])
-            return ELLA(network.model, eigenfunctions=found, residual=residual, **quiet)
+            found = SampledOnce(NeuralEF(**size, residual=residual), network.stores[0])
+            return ELLA(network.model, eigenfunctions=found, **quiet)
 
         return make
 
     def published(network: Network) -> Predictor:
-        return NystromLaplace(network.model, rank=few, subsample=args.num_rows, **quiet)
+        return NystromLaplace(network.model, rank=few, subsample=settings.num_rows, **quiet)
 
     def paper(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
-        return stopped_early(method, rows, labels, args.fit_slow_on)
+        return stopped_early(method, rows, labels, settings.fit_slow_on)
 
     plain = {"MAP": keep, "temperature scaling": tune}
     return [
@@ -246,19 +271,19 @@ class Unit:
     family: Family
 
     def run(
-        self, args: argparse.Namespace, data: Data, wanted: Iterable[str]
+        self, settings: StudySettings, data: Data, wanted: Iterable[str]
     ) -> dict[str, list[dict[str, Any]]]:
         """Rows of the wanted measures, by measure."""
-        count = args.fit_slow_on if self.family.slow else args.fit_on
+        count = settings.fit_slow_on if self.family.slow else settings.fit_on
         fitted, cost = self._fitted(data.fitting(count).loader())
-        cost |= self._cost(fitted, data, args.device)
+        cost |= self._cost(fitted, data, settings.device)
         test = fitted.evaluated(data.test.loader())
         rows: dict[str, list[dict[str, Any]]] = {measure: [] for measure in wanted}
         for name, tuning in self.family.tunings.items():
-            tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(args)]
+            tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(settings)]
             named = {"arch": self.network.name, "method": name}
             if "calibration" in rows:
-                found = [*held_out(tuned, data), *paper(fitted, test, data, args, tuning)]
+                found = [*held_out(tuned, data), *paper(fitted, test, data, settings, tuning)]
                 rows["calibration"] += [{**named, **row, **cost} for row in found]
             if "ood" in rows:
                 rows["ood"] += [{**named, **row} for row in out_of_distribution(tuned, data)]
@@ -312,7 +337,7 @@ class Tuned:
         order = torch.randperm(len(test), generator=_seeded(seed))
         num_val = min(NUM_VAL, len(test) // 4)
         val, rest = order[:num_val], order[num_val:]
-        return cls(seed, test.method, tuning(copied(test), val, labels[val]), rest)
+        return cls(seed, test.method, tuning(test.copied(), val, labels[val]), rest)
 
 
 def held_out(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
@@ -323,14 +348,14 @@ def held_out(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
 
 
 def paper(
-    fitted: Predictor, test: Evaluated, data: Data, args: argparse.Namespace, tuning: Tune
+    fitted: Predictor, test: Evaluated, data: Data, settings: StudySettings, tuning: Tune
 ) -> Iterator[dict[str, Any]]:
     """Protocol A: tuned on cropped training images, tested on all test images."""
     cropped = fitted.evaluated(data.cropped.loader())
-    for seed in seeds(args):
+    for seed in seeds(settings):
         rows = torch.randperm(len(cropped), generator=_seeded(seed))[:NUM_VAL]
-        other = tuning(copied(cropped), rows, data.cropped.y[rows])
-        tuned = copied(test, other)
+        other = tuning(cropped.copied(), rows, data.cropped.y[rows])
+        tuned = test.copied(other)
         found = scores(tuned, torch.arange(len(test)), data)
         yield {"protocol": "A", "seed": seed, **found, **chosen(other)}
 
@@ -341,7 +366,7 @@ def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, An
     for source, images in data.ood.items():
         outside = tuned[0].fitted.evaluated(images.loader())
         rows = torch.arange(len(outside))
-        at = [copied(outside, each.test).uncertainty([rows]) for each in tuned]
+        at = [outside.copied(each.test).uncertainty([rows]) for each in tuned]
         for score in SCORES:
             pairs = zip(inside, at, strict=True)
             found = [detection(first, second, score) for first, second in pairs]
@@ -357,7 +382,7 @@ def under_shift(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
             found = []
             for each in tuned:
                 rows = each.rest[each.rest < len(shifted)]
-                probs = copied(shifted, each.test).predict_proba([rows])
+                probs = shifted.copied(each.test).predict_proba([rows])
                 found.append(
                     {
                         "accuracy": (probs.argmax(1) == images.y[rows]).double().mean().item(),
@@ -417,29 +442,23 @@ def listed(found: list[dict[str, float]]) -> dict[str, list[float]]:
     return {key: [round(each[key], 5) for each in found] for key in found[0]}
 
 
-def copied(method: Evaluated, like: Evaluated | None = None) -> Evaluated:
-    """The same evaluation with its own hyperparameters, or with those of another."""
-    twin = Evaluated(method.method, method._evaluation)
-    if like is not None:
-        twin.hyperparameters = like.hyperparameters
-    return twin
-
-
-def seeds(args: argparse.Namespace) -> range:
+def seeds(settings: StudySettings) -> range:
     """All of the study."""
-    return range(args.first_seed, args.first_seed + args.seeds)
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
-def run_suite(args: argparse.Namespace, measures: Iterable[str] = MEASURES) -> None:
+def run_suite(settings: StudySettings, measures: Iterable[str] = MEASURES) -> None:
     """Run what is missing from the result files of the measures, writing after each unit."""
-    data = Data(args)
-    sizes = {"calibration": args.num_test, "ood": args.num_ood, "shift": args.num_shift}
-    for name in args.archs:
-        paths = {m: args.out / f"{m}-{name}.json" for m in measures if sizes[m]}
+    data = Data(settings)
+    kept = kept_settings(settings)
+    sizes = {"calibration": "num_test", "ood": "num_ood", "shift": "num_shift"}
+    for name in settings.archs:
+        paths = {m: settings.out / f"{m}-{name}.json" for m in measures if kept[sizes[m]]}
         compared = (*SIZES, "seeds", "first_seed")
-        found = {m: earlier_rows(path, settings(args), compared) for m, path in paths.items()}
-        network = Network.published(name, data.root, args.kept or args.out / "kept", args.device)
-        for family in tqdm(_chosen_families(args, name), desc=name):
+        found = {m: earlier_rows(path, kept, compared) for m, path in paths.items()}
+        folder = settings.kept or settings.out / "kept"
+        network = Network.published(name, data.root, folder, settings.device)
+        for family in tqdm(_chosen_families(settings, name), desc=name):
             missing = [
                 measure
                 for measure, rows in found.items()
@@ -447,26 +466,26 @@ def run_suite(args: argparse.Namespace, measures: Iterable[str] = MEASURES) -> N
             ]
             if not missing:
                 continue
-            for measure, rows in Unit(network, family).run(args, data, missing).items():
+            for measure, rows in Unit(network, family).run(settings, data, missing).items():
                 found[measure] += rows
-                save_results(paths[measure], settings(args), found[measure])
+                save_results(paths[measure], kept, found[measure])
 
 
-def _chosen_families(args: argparse.Namespace, name: str) -> list[Family]:
+def _chosen_families(settings: StudySettings, name: str) -> list[Family]:
     """Those that `--only` and `--slow` leave; of the ensemble, the plain ones."""
-    wanted = args.only.split("|") if args.only else [""]
+    wanted = settings.only.split("|") if settings.only else [""]
     return [
         family
-        for family in families(args)
-        if (args.slow or not family.slow)
+        for family in families(settings)
+        if (settings.slow or not family.slow)
         and (name != ENSEMBLE or "MAP" in family.tunings)
         and any(part in title for part in wanted for title in family.tunings)
     ]
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def kept_settings(settings: StudySettings) -> dict[str, Any]:
     """The command line, without the folders of one machine."""
-    return {name: v for name, v in vars(args).items() if name not in ("kept", "out", "root")}
+    return recorded(settings, "kept", "out", "root")
 
 
 def _seeded(seed: int) -> torch.Generator:

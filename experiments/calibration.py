@@ -10,9 +10,9 @@ the test data. Writes JSON, a Markdown table and two figures. With `--suite`, th
 published networks instead, which `_suite.py` describes.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from _data import DATASETS, Task, data_root, load_task
 from _models import TRAINING, DigitsNet, FashionNet, checkpoint_path, load_model, train_classifier
 from _report import forward_ratio, markdown_table, plot_uncertainty, save_results, timed
-from _suite import add_options, run_suite
+from _settings import option, parsed, recorded
+from _suite import StudySettings, run_suite
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -38,47 +39,52 @@ from ella.metrics import auroc, evaluate, expected_calibration_error, reliabilit
 FIGURE_METHODS = ("MAP", "temperature scaling", "last-layer Laplace, Kronecker", "ELLA, NeuralEF")
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATASETS, default="digits")
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--arch", default="resnet20", help="CIFAR-10 network, resnet20 to 56")
-    parser.add_argument("--weights", type=Path, help="checkpoint (default: the published one)")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=10)
-    parser.add_argument("--num-train", type=int, help="training examples to use")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (digits: 1)")
-    parser.add_argument("--only", help="run the methods whose name contains one of these, a|b|c")
-    parser.add_argument("--slow", action="store_true", help="add the baselines that take hours")
-    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--suite", choices=["cifar10"], help="the study of four networks")
-    add_options(parser)
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Settings(StudySettings):
+    """What the script can be asked for, beside the study's sizes.
+
+    Attributes:
+        dataset: One of `DATASETS`.
+        arch: The network for CIFAR-10.
+        weights: Its checkpoint; None takes the published one.
+        num_train: Training examples to use; None takes all.
+        threads: CPU threads; None takes 1 for digits.
+        suite: "cifar10" runs the study of four networks instead.
+    """
+
+    dataset: str = option("digits", "one problem", choices=DATASETS)
+    arch: str = option("resnet20", "CIFAR-10 network, resnet20 to 56")
+    weights: Path | None = option(None, "checkpoint (default: the published one)", parse=Path)
+    first_seed: int = option(10, "the first of them")
+    num_train: int | None = option(None, "training examples to use", parse=int)
+    threads: int | None = option(None, "CPU threads (digits: 1)", parse=int)
+    suite: str | None = option(None, "the study of four networks", choices=("cifar10",))
 
 
-def make_classifier(args: argparse.Namespace, task: Task, seed: int) -> nn.Module:
+def make_classifier(settings: Settings, task: Task, seed: int) -> nn.Module:
     """A published checkpoint for CIFAR-10, else a small network trained on the spot."""
-    if args.dataset == "cifar10":
-        path = args.weights or checkpoint_path(args.arch, data_root(args.root))
-        return load_model(args.arch, path).to(args.device)
-    net = DigitsNet(task.num_classes) if args.dataset == "digits" else FashionNet(task.num_classes)
-    options = dict(TRAINING[args.dataset])
-    if args.smoke:
+    if settings.dataset == "cifar10":
+        path = settings.weights or checkpoint_path(settings.arch, data_root(settings.root))
+        return load_model(settings.arch, path).to(settings.device)
+    net = (
+        DigitsNet(task.num_classes)
+        if settings.dataset == "digits"
+        else FashionNet(task.num_classes)
+    )
+    options = dict(TRAINING[settings.dataset])
+    if settings.smoke:
         options |= {"epochs": 10}
-    return train_classifier(net, task.train, seed, **options).to(args.device)
+    return train_classifier(net, task.train, seed, **options).to(settings.device)
 
 
-def neural_ef(args: argparse.Namespace) -> NeuralEF:
+def neural_ef(settings: Settings) -> NeuralEF:
     """NeuralEF with settings for the size of the problem."""
     size: dict[str, Any]
-    if args.smoke:
+    if settings.smoke:
         steps = Training(steps=30, batch_size=32)
         size = {"rank": 8, "num_inputs": 120, "num_directions": 24, "width": 32}
         return NeuralEF(teacher=steps, training=steps, **size)
-    if args.dataset == "digits":
+    if settings.dataset == "digits":
         # Shorter than the defaults: five seeds in five minutes on two cores.
         teacher = Training(steps=1000, weight_decay=0.3)
         size = {"rank": 64, "num_inputs": 3000, "num_directions": 128, "width": 256}
@@ -87,11 +93,11 @@ def neural_ef(args: argparse.Namespace) -> NeuralEF:
 
 
 def methods(
-    args: argparse.Namespace, seed: int, num_train: int
+    settings: Settings, seed: int, num_train: int
 ) -> dict[str, Callable[[nn.Module], Predictor]]:
     """Every method that is compared, by the name it has in the table."""
-    rows = 40 if args.smoke else 2000
-    common: dict[str, Any] = {"seed": seed, "progress": not args.smoke}
+    rows = 40 if settings.smoke else 2000
+    common: dict[str, Any] = {"seed": seed, "progress": not settings.smoke}
     found: dict[str, Callable[[nn.Module], Predictor]] = {
         "MAP": lambda model: MAP(model, **common),
         "temperature scaling": lambda model: TemperatureScaling(model, **common),
@@ -102,7 +108,7 @@ def methods(
             model, structure="kron", **common
         ),
     }
-    if args.dataset != "cifar10" or args.slow:
+    if settings.dataset != "cifar10" or settings.slow:
         found |= {
             "Kronecker Laplace (BatchNorm frozen)": lambda model: KroneckerLaplace(
                 model, **common
@@ -119,11 +125,11 @@ def methods(
 
     found |= {
         "ELLA, Nyström k = 20, no residual": ella(Nystrom(20, rows), "none"),
-        "ELLA, Nyström k = 64": ella(Nystrom(20 if args.smoke else 64, rows), "diag"),
+        "ELLA, Nyström k = 64": ella(Nystrom(20 if settings.smoke else 64, rows), "diag"),
         "ELLA, last layer": ella(LastLayer(), "diag"),
-        "ELLA, NeuralEF": ella(neural_ef(args), "diag"),
+        "ELLA, NeuralEF": ella(neural_ef(settings), "diag"),
     }
-    wanted = args.only.split("|") if args.only else [""]
+    wanted = settings.only.split("|") if settings.only else [""]
     return {name: make for name, make in found.items() if any(part in name for part in wanted)}
 
 
@@ -165,7 +171,7 @@ def entropies(method: Predictor, images: Tensor, device: str) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-def loaders(args: argparse.Namespace, task: Task) -> tuple[Iterable[Any], Iterable[Any]]:
+def loaders(settings: Settings, task: Task) -> tuple[Iterable[Any], Iterable[Any]]:
     """Training and validation data."""
 
     def loader(data: Dataset) -> DataLoader:
@@ -175,21 +181,21 @@ def loaders(args: argparse.Namespace, task: Task) -> tuple[Iterable[Any], Iterab
 
 
 def run_seed(
-    args: argparse.Namespace, seed: int
+    settings: Settings, seed: int
 ) -> tuple[list[dict[str, Any]], Task, dict[str, tuple[Tensor, Predictor]]]:
     """All methods on one seed: their rows, and what the figures need."""
-    task = load_task(args.dataset, args.root, seed, num_train=args.num_train)
-    model = make_classifier(args, task, seed)
-    train, val = loaders(args, task)
+    task = load_task(settings.dataset, settings.root, seed, num_train=settings.num_train)
+    model = make_classifier(settings, task, seed)
+    train, val = loaders(settings, task)
     rows: list[dict[str, Any]] = []
     kept: dict[str, tuple[Tensor, Predictor]] = {}
-    for name, make in tqdm(methods(args, seed, len(task.train)).items(), desc=f"seed {seed}"):
+    for name, make in tqdm(methods(settings, seed, len(task.train)).items(), desc=f"seed {seed}"):
         method, fit_seconds = timed(lambda make=make: make(model).fit(train))
         if name == "ELLA, NeuralEF":
-            row, _ = score(method, "ELLA, NeuralEF, not tuned", task, args.device)
+            row, _ = score(method, "ELLA, NeuralEF, not tuned", task, settings.device)
             rows.append({"seed": seed, "fit_seconds": fit_seconds, **row})
         method, tune_seconds = timed(lambda method=method: method.calibrate(val))
-        row, probs = score(method, name, task, args.device)
+        row, probs = score(method, name, task, settings.device)
         chosen = vars(method.hyperparameters) if method.hyperparameters else {}
         rows.append(
             {
@@ -206,31 +212,31 @@ def run_seed(
 
 def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
-    args = arguments(argv)
-    if args.suite:
-        run_suite(args)
+    settings = parsed(Settings, __doc__.splitlines()[0], argv)
+    if settings.suite:
+        run_suite(settings)
         return
-    if args.threads or args.dataset == "digits":
+    if settings.threads or settings.dataset == "digits":
         # The digits network is too small for threads to pay.
-        torch.set_num_threads(args.threads or 1)
+        torch.set_num_threads(settings.threads or 1)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    stem = args.out / f"calibration-{args.dataset}"
-    if args.dataset == "cifar10":
-        stem = args.out / f"calibration-{args.dataset}-{args.arch}"
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        found, task, kept = run_seed(args, seed)
+    stem = settings.out / f"calibration-{settings.dataset}"
+    if settings.dataset == "cifar10":
+        stem = settings.out / f"calibration-{settings.dataset}-{settings.arch}"
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+        found, task, kept = run_seed(settings, seed)
         rows += found
-        save_results(stem.with_suffix(".json"), vars(args), rows)
+        save_results(stem.with_suffix(".json"), recorded(settings), rows)
         print(markdown_table(rows), flush=True)
     # The figures show the last seed.
     shown = {name: kept[name] for name in FIGURE_METHODS if name in kept}
     images, labels = task.test.tensors
     figure = reliability_diagram({name: probs for name, (probs, _) in shown.items()}, labels)
     figure.savefig(f"{stem}-reliability.png", dpi=120)
-    inside = {name: entropies(m, images, args.device) for name, (_, m) in shown.items()}
+    inside = {name: entropies(m, images, settings.device) for name, (_, m) in shown.items()}
     outside = next(iter(task.ood.values()))
-    out = {name: entropies(m, outside, args.device) for name, (_, m) in shown.items()}
+    out = {name: entropies(m, outside, settings.device) for name, (_, m) in shown.items()}
     plot_uncertainty(inside, out, f"{stem}-uncertainty.png")
     stem.with_suffix(".md").write_text(markdown_table(rows) + "\n")
     print(f"{stem}.json, .md, -reliability.png, -uncertainty.png", end=" ")

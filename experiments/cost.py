@@ -11,10 +11,8 @@ is the most that the process held above what it held before. A method that is al
 file is not run again.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from _report import (
     save_results,
     timed,
 )
+from _settings import OnDevice, option, parsed, recorded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,28 +42,36 @@ DRAWS = 64
 PASS = "one training pass"
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--arch", default="resnet20", help="resnet20 to 56, or resnet18")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num-inputs", type=int, default=10_000, help="inputs to learn from")
-    parser.add_argument("--num-directions", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=1500, help="of training the networks")
-    parser.add_argument("--image-size", type=int, default=64, help="of the random images")
-    parser.add_argument("--memory-budget", type=int, default=2**28, help="bytes")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Settings(OnDevice):
+    """What the script can be asked for.
+
+    Attributes:
+        arch: The classifier.
+        num_inputs: Inputs to learn from.
+        num_directions: See `NeuralEF`.
+        steps: Of training the networks.
+        image_size: Of the random images.
+        memory_budget: Bytes.
+    """
+
+    arch: str = option("resnet20", "resnet20 to 56, or resnet18")
+    num_inputs: int = option(10_000, "inputs to learn from")
+    num_directions: int = option(256, "see NeuralEF")
+    steps: int = option(1500, "of training the networks")
+    image_size: int = option(64, "of the random images")
+    memory_budget: int = option(2**28, "bytes")
 
 
-def problem(args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:
+def problem(settings: Settings) -> tuple[nn.Module, TensorDataset]:
     """A classifier and its training data."""
-    if args.arch != "resnet18":
-        path = checkpoint_path(args.arch, data_root(args.root))
-        return load_model(args.arch, path).to(args.device), load_task("cifar10", args.root).train
+    if settings.arch != "resnet18":
+        path = checkpoint_path(settings.arch, data_root(settings.root))
+        return load_model(settings.arch, path).to(settings.device), load_task(
+            "cifar10", settings.root
+        ).train
     generator = torch.Generator().manual_seed(0)
-    shape = (args.num_inputs, 3, args.image_size, args.image_size)
+    shape = (settings.num_inputs, 3, settings.image_size, settings.image_size)
     images = torch.randn(shape, generator=generator)
     labels = torch.randint(1000, (len(images),), generator=generator)
     with torch.random.fork_rng(), torch.no_grad():
@@ -74,7 +81,7 @@ def problem(args: argparse.Namespace) -> tuple[nn.Module, TensorDataset]:
         # until all Jacobians point one way.
         for _ in range(20):
             model(images[:BATCH_SIZE])
-    return model.eval().to(args.device), TensorDataset(images, labels)
+    return model.eval().to(settings.device), TensorDataset(images, labels)
 
 
 def training_pass(
@@ -117,15 +124,15 @@ class Method:
     examples: int | None = None
 
 
-def methods(args: argparse.Namespace) -> dict[str, Method]:
+def methods(settings: Settings) -> dict[str, Method]:
     """By their names in the table."""
-    teacher = Training(steps=args.steps, weight_decay=0.3)
+    teacher = Training(steps=settings.steps, weight_decay=0.3)
     neural = NeuralEF(
-        64, num_inputs=args.num_inputs, num_directions=args.num_directions, teacher=teacher
+        64, num_inputs=settings.num_inputs, num_directions=settings.num_directions, teacher=teacher
     )
 
-    few = replace(neural, num_inputs=min(args.num_inputs, 1000), teacher=Training(steps=50))
-    budget = args.memory_budget
+    few = replace(neural, num_inputs=min(settings.num_inputs, 1000), teacher=Training(steps=50))
+    budget = settings.memory_budget
 
     def ella(method: NeuralEF, residual: str) -> Callable[[nn.Module], Predictor]:
         return lambda m: ELLA(m, eigenfunctions=method, residual=residual, memory_budget=budget)
@@ -134,7 +141,7 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
         "temperature scaling": Method(TemperatureScaling),
         "ELLA, NeuralEF k = 64": Method(ella(neural, "diag")),
     }
-    if args.arch == "resnet18":
+    if settings.arch == "resnet18":
         return found
     return found | {
         "ELLA, NeuralEF k = 64, factor": Method(ella(few, "factor"), 1000),
@@ -148,47 +155,47 @@ def methods(args: argparse.Namespace) -> dict[str, Method]:
 
 
 def row_of(
-    name: str, method: Method, model: nn.Module, data: TensorDataset, args: argparse.Namespace
+    name: str, method: Method, model: nn.Module, data: TensorDataset, settings: Settings
 ) -> dict[str, Any]:
     """Fit one method and time its prediction."""
     some = data if method.examples is None else TensorDataset(*data[: method.examples])
     loader = DataLoader(some, batch_size=BATCH_SIZE)
-    with PeakMemory(args.device) as memory:
+    with PeakMemory(settings.device) as memory:
         fitted, seconds = timed(lambda: method.make(model).fit(loader))
     row: dict[str, Any] = {"seed": 0, "method": name, "state_bytes": fitted.state_bytes}
     if method.examples is None:
         row |= {"fit_seconds": seconds, "fit_gib": memory.bytes / 2**30}
-    images = data.tensors[0][:PREDICTED].to(args.device)
+    images = data.tensors[0][:PREDICTED].to(settings.device)
     with torch.no_grad():
         row["predict_ratio"] = forward_ratio(
             lambda: fitted.predict_proba(images, n_samples=DRAWS),
             lambda: model(images),
-            device=args.device,
+            device=settings.device,
         )
     return row
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is not yet in the result file, and write it."""
-    args = arguments(argv)
-    path = args.out / f"cost-{args.arch}.json"
+    settings = parsed(Settings, __doc__.splitlines()[0], argv)
+    path = settings.out / f"cost-{settings.arch}.json"
     rows: list[dict[str, Any]] = load_results(path)["rows"] if path.exists() else []
     done = {row["method"] for row in rows}
-    model, data = problem(args)
+    model, data = problem(settings)
     if PASS not in done:
-        seconds, gib = training_pass(model, data, args.device)
+        seconds, gib = training_pass(model, data, settings.device)
         rows.append({"seed": 0, "method": PASS, "fit_seconds": seconds, "fit_gib": gib})
     one = next(row for row in rows if row["method"] == PASS)
-    for name, method in methods(args).items():
+    for name, method in methods(settings).items():
         if name in done:
             continue
-        row = row_of(name, method, model, data, args)
+        row = row_of(name, method, model, data, settings)
         if method.examples is None:
             row["fit_passes"] = row["fit_seconds"] / one["fit_seconds"]
             row["fit_memory_ratio"] = row["fit_gib"] / one["fit_gib"]
         rows.append(row)
         print(row, flush=True)
-        save_results(path, vars(args), rows)
+        save_results(path, recorded(settings), rows)
     print(markdown_table(rows, COST_COLUMNS))
 
 

@@ -15,73 +15,95 @@ put beside those with exact Jacobian products and those of temperature scaling. 
 and blur is measured with the first network.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from _data import DATASETS, Task, data_root, load_task
+from _data import Task, data_root, load_task
 from _fidelity import ExactKernel, fidelity, plot_fidelity
-from _models import DigitsNet, checkpoint_path, load_model, train_classifier
-from _posterior import (
+from _given import (
+    DRAWS,
+    Given,
+    Reduced,
+    Remembered,
     Split,
-    evaluated,
+    batches_of,
     performance,
-    reduced,
     scaled,
-    select,
     splits,
-    temper,
     temperature_scaling,
-    tuned,
-    variances,
 )
+from _models import DigitsNet, checkpoint_path, load_model, train_classifier
 from _report import FIDELITY_COLUMNS, SHIFT_COLUMNS, markdown_table, save_results, timed
+from _settings import OnDevice, option, parsed, recorded
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ella import NestedLoRA, NeuralEF, NeuralEFObjective, Nystrom, Training
-from ella.activations import FeatureTaps, Tap
-from ella.eigenfunctions import Eigenfunctions, Features, KernelSample
-from ella.linearize import Linearized
+from ella import (
+    ELLA,
+    Categorical,
+    Evaluated,
+    FeatureTaps,
+    Linearized,
+    LogitGaussian,
+    NestedLoRA,
+    NeuralEF,
+    NeuralEFObjective,
+    Nystrom,
+    Tap,
+    Training,
+)
+from ella.eigenfunctions import KernelSample
 from ella.metrics import expected_calibration_error, negative_log_likelihood
 
 SHIFTS = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "gaussian_blur")
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=[d for d in DATASETS if "mnist" not in d])
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rank", type=int, help="k (default: 20 on digits, else 64)")
-    parser.add_argument("--num-inputs", type=int, help="inputs to learn from")
-    parser.add_argument("--held-out", type=int, help="inputs to compare kernels on")
-    parser.add_argument("--num-test", type=int, help="test inputs for NLL, ECE and AUROC")
-    parser.add_argument(
-        "--num-shift", type=int, default=400, help="shifted inputs, exact products"
-    )
-    parser.add_argument("--num-ood", type=int, default=2000, help="out-of-distribution inputs")
-    parser.add_argument("--num-sources", type=int, default=4000, help="inputs that G comes from")
-    parser.add_argument("--seeds", type=int, help="default: 3 on digits, else 1")
-    parser.add_argument("--first-seed", type=int, default=10)
-    parser.add_argument("--only", help="run the networks whose name contains one of these, a|b|c")
-    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.set_defaults(dataset="digits")
-    args = parser.parse_args(argv)
-    digits = args.dataset == "digits"
-    args.rank = args.rank or (4 if args.smoke else 20 if digits else 64)
-    args.num_inputs = args.num_inputs or (100 if args.smoke else 3000 if digits else 10_000)
-    args.held_out = args.held_out or (40 if args.smoke else 300 if digits else 500)
-    if args.smoke:
-        args.num_ood = args.num_sources = 100
-    args.seeds = args.seeds or (3 if digits else 1)
-    return args
+@dataclass(frozen=True)
+class Settings(OnDevice):
+    """What the script can be asked for; what depends on the data set is None until `filled`.
+
+    Attributes:
+        dataset: "digits" or "cifar10".
+        arch: The network for CIFAR-10.
+        rank: k.
+        num_inputs: Inputs to learn from.
+        held_out: Inputs to compare kernels on.
+        num_test: Test inputs for NLL, ECE and AUROC; None takes all.
+        num_shift: Shifted inputs for exact products.
+        num_ood: Out-of-distribution inputs.
+        num_sources: Training inputs that G comes from.
+        seeds: How many.
+        first_seed: The first of them.
+        only: Parts of the names of the networks to run, a|b|c.
+    """
+
+    dataset: str = option("digits", "digits or cifar10", choices=("digits", "cifar10"))
+    arch: str = option("resnet20", "network for CIFAR-10")
+    rank: int | None = option(None, "k (default: 20 on digits, else 64)", parse=int)
+    num_inputs: int | None = option(None, "inputs to learn from", parse=int)
+    held_out: int | None = option(None, "inputs to compare kernels on", parse=int)
+    num_test: int | None = option(None, "test inputs for NLL, ECE and AUROC", parse=int)
+    num_shift: int = option(400, "shifted inputs, exact products")
+    num_ood: int = option(2000, "out-of-distribution inputs")
+    num_sources: int = option(4000, "inputs that G comes from")
+    seeds: int | None = option(None, "default: 3 on digits, else 1", parse=int)
+    first_seed: int = option(10, "the first of them")
+    only: str | None = option(None, "run the networks whose name contains one of these, a|b|c")
+
+    def filled(self) -> "Settings":
+        """With the defaults of the data set, or those of a smoke test."""
+        digits, smoke = self.dataset == "digits", self.smoke
+        few = {"num_ood": 100, "num_sources": 100} if smoke else {}
+        return replace(
+            self,
+            rank=self.rank or (4 if smoke else 20 if digits else 64),
+            num_inputs=self.num_inputs or (100 if smoke else 3000 if digits else 10_000),
+            held_out=self.held_out or (40 if smoke else 300 if digits else 500),
+            seeds=self.seeds or (3 if digits else 1),
+            **few,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ class Study:
         labels: Theirs.
         parts: How they are divided for tuning and testing.
         ood: Out-of-distribution images.
-        sources: Training images from which G is estimated.
+        sources: Training images, and their labels, from which G is estimated.
         kernel: The exact kernel on the first test images.
     """
 
@@ -107,7 +129,7 @@ class Study:
     labels: Tensor
     parts: list[Split]
     ood: Tensor
-    sources: Tensor
+    sources: tuple[Tensor, Tensor]
     kernel: ExactKernel
 
     @property
@@ -116,40 +138,56 @@ class Study:
         start = len(self.task.val)
         return slice(start, start + len(self.kernel.blocks))
 
-    def features(self, fitted: Eigenfunctions) -> tuple[Features, Features, Features]:
-        """At the labelled images, the OOD images and the sources."""
-        device = self.linearized.device
-        labelled, ood, sources = (
-            evaluated(fitted, images, device) for images in (self.images, self.ood, self.sources)
+    def fit(self, fitted: Any) -> ELLA:  # noqa: ANN401 - eigenfunctions of any kind
+        """ELLA with these eigenfunctions; G from some training images stands for that of all."""
+        share = len(self.task.train) / len(self.sources[0])
+        likelihood = Categorical(class_weights=[share] * self.task.num_classes)
+        ella = ELLA(
+            self.linearized.network.model,
+            likelihood=likelihood,
+            eigenfunctions=Given(fitted),
+            progress=False,
         )
-        return labelled, ood, sources
+        return ella.fit(batches_of(*self.sources))
 
-    def judge(self, found: tuple[Features, ...]) -> dict[str, float]:
+    def evaluate(self, ella: ELLA) -> tuple[Evaluated, Evaluated]:
+        """At the labelled images and the OOD images."""
+        labelled, ood = (ella.evaluated(batches_of(x)) for x in (self.images, self.ood))
+        return labelled, ood
+
+    def prior(self, labelled: Evaluated) -> LogitGaussian:
+        """Where the kernel is known, on the CPU."""
+        rows = torch.arange(len(self.labels))[self.held]
+        return labelled.evaluation.prior.rows(rows).to("cpu")
+
+    def judge(self, labelled: Evaluated, ood: Evaluated) -> dict[str, float]:
         """All figures of one method."""
-        labelled, ood, sources = found
-        count = len(self.task.train)
         return {
-            **fidelity(self.kernel, select(labelled, torch.arange(len(self.labels))[self.held])),
-            **performance(sources, labelled, self.labels, ood, self.parts, count),
+            **fidelity(self.kernel, self.prior(labelled)),
+            **performance(labelled, self.labels, ood, self.parts),
         }
 
 
-def prepare(args: argparse.Namespace, seed: int) -> Study:
+def prepare(settings: Settings, seed: int) -> Study:
     """Load or train the classifier; compute the exact kernel."""
-    digits = args.dataset == "digits"
-    task = load_task(args.dataset, args.root, seed if digits else 0, num_test=args.num_test)
+    digits = settings.dataset == "digits"
+    task = load_task(
+        settings.dataset, settings.root, seed if digits else 0, num_test=settings.num_test
+    )
     if digits:
         model = train_classifier(DigitsNet(task.num_classes), task.train, seed)
     else:
-        model = load_model(args.arch, checkpoint_path(args.arch, data_root(args.root)))
-    linearized = Linearized(model.to(args.device))
+        model = load_model(settings.arch, checkpoint_path(settings.arch, data_root(settings.root)))
+    linearized = Linearized(model.to(settings.device))
     # Shuffled by seed: a subset of a large training set should not depend on its order.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(task.train), generator=generator)
     loader = DataLoader(task.train, batch_size=100, shuffle=True, generator=generator)
     both = zip(task.val.tensors, task.test.tensors, strict=True)
     images, labels = (torch.cat(pair) for pair in both)
-    held = task.test.tensors[0][: args.held_out].to(args.device)
+    some = order[: settings.num_sources]
+    images_of_train, labels_of_train = task.train.tensors
+    held = task.test.tensors[0][: settings.held_out].to(settings.device)
     return Study(
         task=task,
         linearized=linearized,
@@ -157,42 +195,40 @@ def prepare(args: argparse.Namespace, seed: int) -> Study:
         images=images,
         labels=labels,
         parts=splits(len(labels), len(task.val), 1 if digits else 5),
-        ood=next(iter(task.ood.values()))[: args.num_ood],
-        sources=task.train.tensors[0][order[: args.num_sources]],
+        ood=next(iter(task.ood.values()))[: settings.num_ood],
+        sources=(images_of_train[some], labels_of_train[some]),
         kernel=ExactKernel.of(linearized, held),
     )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A network and its residual.
+    """A network and what it reads.
 
     Attributes:
         method: Settings of the networks.
-        residual: "diag", "factor" or "none".
         choose: Selects or changes taps.
     """
 
     method: NeuralEF
-    residual: str = "diag"
     choose: Callable[[Tap], Tap | None] = lambda tap: tap
 
 
-def variants(args: argparse.Namespace) -> dict[str, Variant]:
+def variants(settings: Settings) -> dict[str, Variant]:
     """What is compared; the default first."""
-    digits = args.dataset == "digits"
+    digits = settings.dataset == "digits"
     width, short = 256, 500 if digits else 1000
     long = Training(weight_decay=0.3)
     refine = Training(steps=short, learning_rate=3e-4)
-    if args.smoke:
+    if settings.smoke:
         width, long = 16, Training(steps=20, batch_size=32)
         refine = long
-    base = NeuralEF(args.rank, num_inputs=args.num_inputs, width=width, teacher=long)
-    k = f"k = {args.rank}"
+    base = NeuralEF(settings.rank, num_inputs=settings.num_inputs, width=width, teacher=long)
+    k = f"k = {settings.rank}"
     found = {
         f"teacher, {k}": Variant(base),
-        f"teacher, {k}, factor": Variant(base, "factor"),
-        f"teacher, {k}, no residual": Variant(base, "none"),
+        f"teacher, {k}, factor": Variant(replace(base, residual="factor")),
+        f"teacher, {k}, no residual": Variant(replace(base, residual="none")),
     }
     for name, objective in (("NestedLoRA", NestedLoRA()), ("NeuralEF", NeuralEFObjective())):
         alone = replace(base, objective=objective, teacher=None, training=long)
@@ -206,12 +242,13 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
         f"teacher, {k}, linear head": Variant(replace(base, depth=0)),
     }
     for rank in (20, 64, 128, 256):
-        if rank != args.rank and (rank <= 64 or not digits):
-            found[f"teacher, k = {rank}"] = Variant(replace(base, rank=rank))
-            found[f"teacher, k = {rank}, factor"] = Variant(replace(base, rank=rank), "factor")
-    if args.smoke:
+        if rank != settings.rank and (rank <= 64 or not digits):
+            other = replace(base, rank=rank)
+            found[f"teacher, k = {rank}"] = Variant(other)
+            found[f"teacher, k = {rank}, factor"] = Variant(replace(other, residual="factor"))
+    if settings.smoke:
         found = {name: found[name] for name in list(found)[:4]}
-    wanted = args.only.split("|") if args.only else [""]
+    wanted = settings.only.split("|") if settings.only else [""]
     return {name: each for name, each in found.items() if any(part in name for part in wanted)}
 
 
@@ -222,101 +259,102 @@ def retapped(
     chosen = [new for tap in sample.taps.taps if (new := choose(tap)) is not None]
     if chosen == sample.taps.taps:
         return sample
-    taps = FeatureTaps(linearized, chosen)
-    assert isinstance(sample.inputs, Tensor)
+    taps = FeatureTaps(linearized.network, chosen)
+    if not isinstance(sample.inputs, Tensor):
+        raise TypeError("The inputs of this study are images.")
     activations = torch.cat([taps(part)[1] for part in sample.inputs.split(250)])
     return replace(sample, taps=taps, activations=activations)
 
 
-def exact_rows(
-    study: Study,
-    args: argparse.Namespace,
-    seed: int,
-    found: dict[str, Features],
-    shifts: list[dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    """Temperature scaling, and ELLA with exact Jacobian products; the latter is put in `found`."""
-    method = Nystrom(args.rank, 2000)
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass
+class Output:
+    """What the figures and the second table are made of.
+
+    Attributes:
+        priors: By method, where the kernel is known.
+        shifts: Rows of the first network on corrupted images.
+        exactly: Rows of exact products on corrupted images.
+    """
+
+    priors: dict[str, LogitGaussian] = field(default_factory=dict)
+    shifts: list[dict[str, Any]] = field(default_factory=list)
+    exactly: list[dict[str, Any]] = field(default_factory=list)
+
+
+def exact_rows(study: Study, settings: Settings, seed: int, output: Output) -> Rows:
+    """Temperature scaling, and ELLA with exact Jacobian products."""
+    method = Nystrom(settings.rank, 2000, residual="exact")
     fitted, fit_seconds = timed(
-        lambda: method.fit(
-            study.linearized, study.loader, residual="exact", seed=seed, progress=False
-        )
+        lambda: method.fit(study.linearized, study.loader, seed=seed, progress=False)
     )
-    full = study.features(fitted)
-    labelled, ood, _ = full
-    found["exact products"] = select(labelled, torch.arange(len(study.labels))[study.held])
-    scaling = temperature_scaling(labelled.logits, study.labels, ood.logits, study.parts)
-    yield {"method": "temperature scaling", **scaling}
-    for rank in sorted({min(20, args.rank), args.rank}):
+    whole = Remembered(fitted)
+    labelled, ood = study.evaluate(study.fit(whole))
+    output.priors["exact products"] = study.prior(labelled)
+    logits = [known.evaluation.logits.cpu() for known in (labelled, ood)]
+    yield {
+        "method": "temperature scaling",
+        **temperature_scaling(logits[0], study.labels, logits[1], study.parts),
+    }
+    for rank in sorted({min(20, settings.rank), settings.rank}):
         for residual, title in (("none", "no residual"), ("diag", "diagonal"), ("exact", "full")):
-            some = tuple(reduced(part, rank, residual) for part in full)
-            figures = study.judge(some)
+            ella = study.fit(Reduced(whole, rank, residual))
             name = f"exact products, k = {rank}, {title}"
+            figures = study.judge(*study.evaluate(ella))
             yield {"method": name, "fit_seconds": fit_seconds, **figures}
     # The last one is the most exact.
-    shifts += shift_rows(
-        study, lambda x: reduced(fitted(x), args.rank, "exact"), some, name, args.num_shift
-    )
+    output.exactly += shift_rows(study, ella, name, settings.num_shift)
 
 
-def network_rows(
-    study: Study,
-    args: argparse.Namespace,
-    seed: int,
-    found: dict[str, Features],
-    shifts: list[dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    """Every network, all from one sample. Features of the first ones are put in `found`."""
-    progress = not args.smoke
-    chosen = variants(args)
+def network_rows(study: Study, settings: Settings, seed: int, output: Output) -> Rows:
+    """Every network, all from one sample."""
+    progress = not settings.smoke
+    chosen = variants(settings)
     # Directions for the highest rank, all of which one sample then serves.
     if not chosen:
         return
     widest = max((each.method for each in chosen.values()), key=lambda method: method.rank)
-    widest = replace(widest, num_directions=20 if args.smoke else 256)
+    widest = replace(widest, num_directions=20 if settings.smoke else 256)
     sample, sample_seconds = timed(
         lambda: widest.sample(study.linearized, study.loader, seed=seed, progress=progress)
     )
     for name, each in chosen.items():
         data = retapped(sample, study.linearized, each.choose)
         fitted, seconds = timed(
-            lambda each=each, data=data: each.method.learn(
-                data, residual=each.residual, seed=seed, progress=progress
-            )
+            lambda each=each, data=data: each.method.learn(data, seed=seed, progress=progress)
         )
-        features = study.features(fitted)
-        if len(found) < 2:
-            shifts += shift_rows(study, fitted, features, name)
-        if len(found) < 3:
-            found[name] = select(features[0], torch.arange(len(study.labels))[study.held])
+        ella = study.fit(fitted)
+        labelled, ood = study.evaluate(ella)
+        if len(output.priors) < 2:
+            output.shifts += shift_rows(study, ella, name)
+        if len(output.priors) < 3:
+            output.priors[name] = study.prior(labelled)
         yield {
             "method": name,
             "fit_seconds": sample_seconds + seconds,
             "learn_seconds": seconds,
-            **study.judge(features),
+            **study.judge(labelled, ood),
         }
 
 
-def shift_rows(
-    study: Study,
-    fitted: Callable[[Tensor], Features],
-    features: tuple[Features, ...],
-    name: str,
-    count: int = 2000,
-) -> Iterator[dict[str, Any]]:
+def shift_rows(study: Study, ella: ELLA, name: str, count: int = 2000) -> Rows:
     """NLL and variance on corrupted test images, of ELLA and of temperature scaling."""
     split = study.parts[0]  # the only one whose test images are those of the task, in order
-    labelled, _, sources = features
-    posterior, tuning = tuned(sources, labelled, study.labels, split, len(study.task.train))
-    scaling = scaled(labelled.logits, study.labels, split)
+    labelled, _ = study.evaluate(ella)
+    tuned = labelled.copied().calibrate([(split.val, study.labels[split.val])], n_samples=DRAWS)
+    scaling = scaled(labelled.evaluation.logits.cpu(), study.labels, split)
     labels = study.task.test.tensors[1][:count]
     few = min(100, count)
     device = study.linearized.device
     for kind in SHIFTS:
         for severity in range(1, 6):
             images = study.task.corrupted_test(kind, severity).tensors[0][:count]
-            at = evaluated(fitted, images, device)
-            probs, plain = temper(at, posterior, tuning), scaling.predict_proba(at.logits)
+            at = ella.evaluated(batches_of(images)).copied(tuned)
+            probs = at.predict_proba([torch.arange(len(at))])
+            plain = scaling.predict_proba(at.evaluation.logits.cpu())
+            variances = at.evaluation.prior.variance().sum(1)
             exact = study.linearized.kernel_diagonal(images[:few].to(device)).sum(1).mean().item()
             yield {
                 "method": name,
@@ -326,38 +364,34 @@ def shift_rows(
                 "nll_scaling": negative_log_likelihood(plain, labels),
                 "ece": expected_calibration_error(probs, labels),
                 "ece_scaling": expected_calibration_error(plain, labels),
-                "variance": variances(at).mean().item(),
-                f"variance_{severity}": variances(select(at, torch.arange(few))).mean().item(),
+                "variance": variances.mean().item(),
+                f"variance_{severity}": variances[:few].mean().item(),
                 f"exact_variance_{severity}": exact,
             }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
-    args = arguments(argv)
-    if args.dataset == "digits":
+    settings = parsed(Settings, __doc__.splitlines()[0], argv).filled()
+    if settings.dataset == "digits":
         torch.set_num_threads(1)  # the network is too small for threads to pay
     rows: list[dict[str, Any]] = []
-    shifts: list[dict[str, Any]] = []
-    exactly: list[dict[str, Any]] = []
-    name = args.dataset if args.dataset == "digits" else args.arch
-    stem = args.out / f"eigenfunctions-{name}"
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        study = prepare(args, seed)
-        found: dict[str, Features] = {}
-        rows_of = (
-            exact_rows(study, args, seed, found, exactly),
-            network_rows(study, args, seed, found, shifts),
-        )
-        for row in (row for each in rows_of for row in each):
-            rows.append({"seed": seed, **row})
-            print(row, flush=True)
-            save_results(stem.with_suffix(".json"), vars(args), rows)
-        save_results(args.out / f"shift-exact-{name}.json", vars(args), exactly)
-        save_results(args.out / f"shift-{name}.json", vars(args), shifts)
-        plot_fidelity(study.kernel, found, stem.with_suffix(".png"))  # shows the last seed
+    output = Output()
+    name = settings.dataset if settings.dataset == "digits" else settings.arch
+    stem = settings.out / f"eigenfunctions-{name}"
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+        study = prepare(settings, seed)
+        output.priors.clear()
+        for make in (exact_rows, network_rows):
+            for row in make(study, settings, seed, output):
+                rows.append({"seed": seed, **row})
+                print(row, flush=True)
+                save_results(stem.with_suffix(".json"), recorded(settings), rows)
+        save_results(settings.out / f"shift-exact-{name}.json", recorded(settings), output.exactly)
+        save_results(settings.out / f"shift-{name}.json", recorded(settings), output.shifts)
+        plot_fidelity(study.kernel, output.priors, stem.with_suffix(".png"))  # the last seed
     text = markdown_table(rows, FIDELITY_COLUMNS) + "\n"
-    for part in (shifts, exactly):
+    for part in (output.shifts, output.exactly):
         text += "\n" + markdown_table(part, SHIFT_COLUMNS, by="corruption") + "\n"
     stem.with_suffix(".md").write_text(text)
 

@@ -15,7 +15,6 @@ precision δ and noise, and is compared with the linearized Laplace approximatio
 definition; at two δ, that of `fit` (prior standard deviation 1) and that of marginal likelihood.
 """
 
-import argparse
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from _regression import (
     uci_task,
 )
 from _report import IN_COLOR, OUT_COLOR, cpu_timed, load_results, new_figure, save_results
+from _settings import Common, option, parsed, recorded
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,22 +67,26 @@ ROWS = 500
 """Training inputs whose rows "full rank" spans."""
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("uci", "toy"))
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--datasets", nargs="+", choices=UCI, default=list(UCI))
-    parser.add_argument("--splits", type=int, default=20, help="of each data set, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the toy networks")
-    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Settings(Common):
+    """What the script can be asked for.
+
+    Attributes:
+        part: "uci" or "toy".
+        datasets: Keys of `UCI`.
+        splits: Of each data set, at most.
+        seed: Of the toy networks.
+    """
+
+    part: str = option("uci", "which study", choices=("uci", "toy"), positional=True)
+    datasets: tuple[str, ...] = option(tuple(UCI), "of the archive", choices=tuple(UCI))
+    splits: int = option(20, "of each data set, at most")
+    seed: int = option(0, "of the toy networks")
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def kept_settings(settings: Settings) -> dict[str, Any]:
     """What the numbers depend on, for the result file."""
-    return {key: value for key, value in vars(args).items() if key not in ("root", "out")}
+    return recorded(settings, "root", "out")
 
 
 # --- UCI --------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def uci_methods(train: TensorDataset, seed: int, *, smoke: bool) -> dict[str, Ma
         "last-layer Laplace, full": lambda m: LastLayerLaplace(m, structure="full", **common),
         "last-layer Laplace, Kronecker": lambda m: LastLayerLaplace(m, structure="kron", **common),
         "Kronecker Laplace": lambda model: KroneckerLaplace(model, **common),
-        "linearized Laplace, dense": ella(AllWeights(), "none"),
+        "linearized Laplace, dense": lambda m: ELLA(m, eigenfunctions=AllWeights(), **common),
         "ELLA, Nyström k = 20, no residual": ella(Nystrom(20), "none"),
         "ELLA, Nyström k = 20": ella(Nystrom(20), "diag"),
         "ELLA, Nyström, full rank": full,
@@ -174,33 +178,35 @@ def run_method(make: Make, model: nn.Module, task: RegressionTask) -> dict[str, 
     method, fit_seconds = cpu_timed(lambda: make(model).fit(train))
     with warnings.catch_warnings():
         # The row tells δ and whether it lies at the edge.
-        warnings.filterwarnings("ignore", "calibrate: the best prior precision")
+        warnings.filterwarnings("ignore", "calibrate: ")
         method, tune_seconds = cpu_timed(lambda: method.calibrate(val))
     x, y = task.test.tensors
     scores = gaussian_scores(*predictive(method, x), y[:, 0], task.target_scale)
     assert method.hyperparameters is not None
     chosen = asdict(method.hyperparameters)
-    chosen |= {"at_edge": method.tuning.at_edge} if method.tuning else {}
+    chosen |= {"at_edge": "prior_precision" in method.tuning.edges} if method.tuning else {}
     return {**scores, "fit_seconds": fit_seconds, "tune_seconds": tune_seconds, **chosen}
 
 
-def run_uci(args: argparse.Namespace) -> None:
+def run_uci(settings: Settings) -> None:
     """Run the splits that the result file lacks."""
-    root, path = data_root(args.root), args.out / "uci.json"
+    root, path = data_root(settings.root), settings.out / "uci.json"
     rows = load_results(path)["rows"] if path.exists() else []
     done = {Split(row["dataset"], row["split"]) for row in rows}
-    for split in tqdm([s for s in wanted_splits(args, root) if s not in done], desc="splits"):
-        rows += run_split(split, root, smoke=args.smoke)
+    for split in tqdm([s for s in wanted_splits(settings, root) if s not in done], desc="splits"):
+        rows += run_split(split, root, smoke=settings.smoke)
         names = sorted({row["dataset"] for row in rows})
         published = {name: load_uci(name, root).dropout for name in names}
-        save_results(path, {**settings(args), "published": published}, rows)
+        save_results(path, {**kept_settings(settings), "published": published}, rows)
     print(uci_table(load_results(path)))
 
 
-def wanted_splits(args: argparse.Namespace, root: Path) -> Iterator[Split]:
+def wanted_splits(settings: Settings, root: Path) -> Iterator[Split]:
     """The first `ROUND` splits of each data set, then the next ones of each, and so on."""
-    counts = {name: min(args.splits, len(load_uci(name, root).splits)) for name in args.datasets}
-    for start in range(0, args.splits, ROUND):
+    counts = {
+        name: min(settings.splits, len(load_uci(name, root).splits)) for name in settings.datasets
+    }
+    for start in range(0, settings.splits, ROUND):
         for name, count in counts.items():
             for index in range(start, min(start + ROUND, count)):
                 yield Split(name, index)
@@ -405,26 +411,26 @@ def _draw(panel: Axes, curves: Curves, deviation: Tensor) -> None:
     panel.tick_params(labelsize=7)
 
 
-def run_toy(args: argparse.Namespace) -> None:
+def run_toy(settings: Settings) -> None:
     """Both toy sets; Snelson's is left out in a smoke test without a `--root`."""
     toys = {TOYS[0]: sixteen_points()}
-    if args.root or not args.smoke:
-        toys[TOYS[1]] = snelson(data_root(args.root))
+    if settings.root or not settings.smoke:
+        toys[TOYS[1]] = snelson(data_root(settings.root))
     rows, drawn = [], {}
     for name, toy in toys.items():
-        for rule, curves in toy_curves(toy, args.seed, smoke=args.smoke).items():
+        for rule, curves in toy_curves(toy, settings.seed, smoke=settings.smoke).items():
             rows += [{"dataset": name, "rule": rule, **row} for row in curves.rows()]
             drawn[f"{name},\n{rule}"] = curves
-    save_results(args.out / "toy.json", settings(args), rows)
-    plot_curves(drawn, args.out / "toy-curves.png")
-    print(toy_table(load_results(args.out / "toy.json")))
+    save_results(settings.out / "toy.json", kept_settings(settings), rows)
+    plot_curves(drawn, settings.out / "toy-curves.png")
+    print(toy_table(load_results(settings.out / "toy.json")))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one part and write its results."""
-    args = arguments(argv)
+    settings = parsed(Settings, __doc__.splitlines()[0], argv)
     torch.set_num_threads(1)  # the networks are too small for threads to pay
-    (run_uci if args.part == "uci" else run_toy)(args)
+    (run_uci if settings.part == "uci" else run_toy)(settings)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Writes text.json after each method, and goes on where it was stopped; and text-k
 exact tr κ(x, x) of some sentences, which is what every method's variance is made of.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from _minilm import (
 )
 from _models import fine_tune
 from _report import earlier_rows, forward_ratio, markdown_table, save_results
+from _settings import Common, option, parsed, recorded
 from _suite import SCORES, Tune, detection, keep, tune
 from calibration import ece_if_calibrated
 from safetensors.torch import load_file, save_file
@@ -39,11 +39,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ella import ELLA, LastLayer, NeuralEF, Nystrom, Predictor, Training
+from ella import ELLA, Evaluated, LastLayer, Linearized, NeuralEF, Nystrom, Predictor, Training
 from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
-from ella.linearize import Linearized
 from ella.metrics import evaluate
-from ella.predictor import Evaluated
 
 FULL = Sizes(train=200, unlabelled=4000, outside=200)
 SMOKE = Sizes(train=40, unlabelled=60, outside=20)
@@ -58,27 +56,34 @@ SENTENCES_DIFFERENTIATED = 25
 """Of each kind, for the exact kernel."""
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=10)
-    parser.add_argument("--num-inputs", type=int, default=400, help="NeuralEF learns from")
-    parser.add_argument("--num-directions", type=int, default=48, help="of NeuralEF")
-    parser.add_argument("--cache", type=Path, help="of the trained weights (default: OUT/.cache)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--only", help="run the methods whose name contains one of these, a|b|c")
-    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Settings(Common):
+    """What the script can be asked for.
+
+    Attributes:
+        seeds: How many.
+        first_seed: The first of them.
+        num_inputs: Sentences that NeuralEF learns from.
+        num_directions: See `NeuralEF`.
+        cache: Folder of the trained weights; None takes one in `out`.
+        threads: CPU threads.
+        only: Parts of the names of the methods to run, a|b|c.
+    """
+
+    seeds: int = option(3, "how many")
+    first_seed: int = option(10, "the first of them")
+    num_inputs: int = option(400, "NeuralEF learns from")
+    num_directions: int = option(48, "of NeuralEF")
+    cache: Path | None = option(None, "of the trained weights (default: OUT/.cache)", parse=Path)
+    threads: int = option(1, "CPU threads")
+    only: str | None = option(None, "run the methods whose name contains one of these, a|b|c")
 
 
-def make_classifier(args: argparse.Namespace, train: Sentences) -> SentenceClassifier:
+def make_classifier(settings: Settings, train: Sentences) -> SentenceClassifier:
     """MiniLM fitted to the training sentences; kept on disk once it is."""
-    model = tiny_transformer() if args.smoke else minilm()
-    folder = args.cache or args.out / ".cache"
-    path = folder / f"text-{'smoke' if args.smoke else 'minilm'}-{len(train)}.safetensors"
+    model = tiny_transformer() if settings.smoke else minilm()
+    folder = settings.cache or settings.out / ".cache"
+    path = folder / f"text-{'smoke' if settings.smoke else 'minilm'}-{len(train)}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()
@@ -125,10 +130,10 @@ class Method:
     tune: Tune = tune
 
 
-def methods(args: argparse.Namespace, task: TextTask) -> dict[str, Method]:
+def methods(settings: Settings, task: TextTask) -> dict[str, Method]:
     """All methods, by their names in the table."""
-    rank, rows = (4, 12) if args.smoke else (16, 32)
-    common: dict[str, Any] = {"seed": args.first_seed, "progress": False}
+    rank, rows = (4, 12) if settings.smoke else (16, 32)
+    common: dict[str, Any] = {"seed": settings.first_seed, "progress": False}
 
     def ella(eigenfunctions: Any, residual: str, **kind: bool) -> Method:  # noqa: ANN401
         options = {"residual": residual, "memory_budget": MEMORY_BUDGET, **common}
@@ -144,20 +149,20 @@ def methods(args: argparse.Namespace, task: TextTask) -> dict[str, Method]:
         "last-layer Laplace, Kronecker": last_layer("kron"),
         "ELLA, last layer, no residual": ella(LastLayer(), "none"),
         f"ELLA, Nyström k = {rank}": ella(Nystrom(rank, rows), "diag", whole=True),
-        "ELLA, NeuralEF": ella(neural_ef(args, task), "diag", whole=True),
+        "ELLA, NeuralEF": ella(neural_ef(settings, task), "diag", whole=True),
     }
 
 
-def neural_ef(args: argparse.Namespace, task: TextTask) -> NeuralEF:
+def neural_ef(settings: Settings, task: TextTask) -> NeuralEF:
     """NeuralEF on the training sentences and as many unlabelled ones."""
     augment = Unlabelled(task.unlabelled)
-    if args.smoke:
+    if settings.smoke:
         short = Training(steps=30, batch_size=32)
         return NeuralEF(
             4, num_inputs=80, num_directions=12, width=16, augment=augment, teacher=short
         )
     return NeuralEF(
-        32, num_inputs=args.num_inputs, num_directions=args.num_directions, augment=augment
+        32, num_inputs=settings.num_inputs, num_directions=settings.num_directions, augment=augment
     )
 
 
@@ -197,7 +202,7 @@ class Fitted:
         num_val = min(NUM_VAL, len(order) // 2)
         val, test = order[:num_val], order[num_val:]
         self.tune(self.inside, val, self.labels[val])
-        self.outside.hyperparameters = self.inside.hyperparameters
+        self.outside = self.outside.copied(self.inside)
         probs = self.inside.predict_proba([test])
         return {
             "seed": seed,
@@ -234,44 +239,44 @@ def kernel_rows(model: nn.Module, task: TextTask) -> list[dict[str, Any]]:
     return rows
 
 
-def sizes_of(args: argparse.Namespace) -> Sizes:
+def sizes_of(settings: Settings) -> Sizes:
     """How many sentences."""
-    return SMOKE if args.smoke else FULL
+    return SMOKE if settings.smoke else FULL
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def kept_settings(settings: Settings) -> dict[str, Any]:
     """The command line, without what may differ from one part of a run to the next."""
-    kept = {name: v for name, v in vars(args).items() if name not in ("only", "root", "cache")}
-    sizes = vars(sizes_of(args))
+    kept = recorded(settings, "only", "root", "cache")
     training = {"head_training": HEAD_TRAINING, "fine_tuning": FINE_TUNING}
-    return {**kept, "out": str(args.out), "num_val": NUM_VAL, **training, **sizes}
+    sizes = vars(sizes_of(settings))
+    return {**kept, "out": str(settings.out), "num_val": NUM_VAL, **training, **sizes}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, writing after each method."""
-    args = arguments(argv)
-    torch.set_num_threads(args.threads)
-    path = args.out / "text.json"
-    compared = [name for name in settings(args) if name not in ("out", "seeds")]
-    rows = earlier_rows(path, settings(args), compared)
-    sizes = sizes_of(args)
-    task = made_up_task(sizes) if args.smoke else load_task(args.root, sizes)
-    model = make_classifier(args, task.train)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    found = methods(args, task)
+    settings = parsed(Settings, __doc__.splitlines()[0], argv)
+    torch.set_num_threads(settings.threads)
+    path = settings.out / "text.json"
+    compared = [name for name in kept_settings(settings) if name not in ("out", "seeds")]
+    rows = earlier_rows(path, kept_settings(settings), compared)
+    sizes = sizes_of(settings)
+    task = made_up_task(sizes) if settings.smoke else load_task(settings.root, sizes)
+    model = make_classifier(settings, task.train)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    found = methods(settings, task)
     for name, method in found.items():
         done = {row["seed"] for row in rows if row["method"] == name}
         missing = [seed for seed in seeds if seed not in done]
-        if not missing or not any(part in name for part in (args.only or "").split("|")):
+        if not missing or not any(part in name for part in (settings.only or "").split("|")):
             continue
         fitted = Fitted(method, model, task)
         rows += [{"method": name, **fitted.row(seed)} for seed in missing]
         rows.sort(key=lambda row: (list(found).index(row["method"]), row["seed"]))
-        save_results(path, settings(args), rows)
+        save_results(path, kept_settings(settings), rows)
         print(markdown_table(rows), flush=True)
-    kernel_path = args.out / "text-kernel.json"
+    kernel_path = settings.out / "text-kernel.json"
     if not kernel_path.exists():
-        save_results(kernel_path, settings(args), kernel_rows(model, task))
+        save_results(kernel_path, kept_settings(settings), kernel_rows(model, task))
     print(f"{path} and {kernel_path} written")
 
 

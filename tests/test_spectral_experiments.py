@@ -31,7 +31,8 @@ def test_arc_cosine_kernel_is_the_limit_of_random_networks(load):
 
 
 def command(load, out, *more):
-    return load("_common").arguments("A test.", ["--out", str(out), *more])
+    common = load("_common")
+    return common.asked(common.SpectralSettings, "A test.", ["--out", str(out), *more])
 
 
 def test_ledger_goes_on_where_a_run_stopped(load, tmp_path):

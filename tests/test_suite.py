@@ -1,10 +1,11 @@
 """The CIFAR-10 study: early stopping, what is kept on disk, and going on where it stopped."""
 
-import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_early_stopping_is_a_temperature(suite):
     known = ella.fit(loader).evaluated(loader)
     rows = torch.arange(40)
     found = suite.stopped_early(known, rows, case.y, fitted_on=40, num_train=8000)
-    logits, phi, _ = ella.features(case.x)
+    prior = ella.features(case.x)
+    logits, phi = prior.mean, prior.factor
     total = ella.curvature * (8000 / 40)  # G of all N, of which 40 were seen
     nlls = {}
     for n in range(1000, 8001, 1000):
@@ -51,16 +53,19 @@ def test_early_stopping_is_a_temperature(suite):
 
 
 def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
-    parser = argparse.ArgumentParser()
-    suite.add_options(parser)
-    args = parser.parse_args(["--archs", "resnet20"])
-    more = {"seeds": 1, "first_seed": 0, "slow": False, "smoke": True, "device": "cpu"}
-    vars(args).update(more, only="temperature|full", out=tmp_path)
-    monkeypatch.setattr(suite, "Data", lambda args: argparse.Namespace(root=tmp_path))
-    monkeypatch.setattr(suite.Network, "published", lambda name, *_: argparse.Namespace(name=name))
+    settings = suite.StudySettings(
+        archs=("resnet20",),
+        seeds=1,
+        smoke=True,
+        device="cpu",
+        only="temperature|full",
+        out=tmp_path,
+    )
+    monkeypatch.setattr(suite, "Data", lambda settings: SimpleNamespace(root=tmp_path))
+    monkeypatch.setattr(suite.Network, "published", lambda name, *_: SimpleNamespace(name=name))
     ran, killed = [], []
 
-    def run(unit, args, data, wanted):
+    def run(unit, settings, data, wanted):
         if "MAP" not in unit.family.tunings and not killed:
             killed.append(True)
             raise KeyboardInterrupt
@@ -70,15 +75,15 @@ def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(suite.Unit, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        suite.run_suite(args)
-    suite.run_suite(args)
+        suite.run_suite(settings)
+    suite.run_suite(settings)
     assert ran == ["MAP", "temperature scaling", "last-layer Laplace, full"]
-    suite.run_suite(argparse.Namespace(**{**vars(args), "only": None}), ["ood"])
+    suite.run_suite(replace(settings, only=None), ["ood"])
     assert ran.count("MAP") == 1
     assert "ELLA, NeuralEF" in ran
-    args.num_test = 20
+    settings = replace(settings, num_test=20)
     with pytest.raises(ValueError, match="made with another num_test"):
-        suite.run_suite(args)
+        suite.run_suite(settings)
 
 
 def test_ensemble_is_the_mean_of_probabilities(suite):
@@ -112,7 +117,7 @@ def test_kept_passes_give_what_the_plain_methods_give(suite, kept, monkeypatch):
     """Whatever is read from disk: the same features, of every rank and residual, and networks."""
     model, loader, x, store = kept
     quiet = {"progress": False}
-    large = Nystrom(8, 30)
+    large = Nystrom(8, 30, residual="exact")
     for rank, residual in ((8, "exact"), (4, "diag"), (3, "none")):
         plain = ELLA(model, eigenfunctions=Nystrom(rank, 30), residual=residual, **quiet)
         once = suite.ProjectedOnce(large, rank, store)

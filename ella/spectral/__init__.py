@@ -24,12 +24,15 @@ from ella.spectral.operators import (
     Polynomial,
 )
 from ella.spectral.problems import (
+    Pair,
     Population,
     Problem,
     Samples,
     Schrodinger,
     Views,
     WholeGraph,
+    halves,
+    whole,
 )
 from ella.spectral.ritz import Moments, feature_ritz, rayleigh_ritz
 from ella.spectral.train import Training, train
@@ -49,6 +52,7 @@ __all__ = [
     "NeuralEFObjective",
     "NystromBasis",
     "Objective",
+    "Pair",
     "ParallelMLP",
     "Polynomial",
     "Population",
@@ -63,6 +67,7 @@ __all__ = [
     "Views",
     "WholeGraph",
     "feature_ritz",
+    "halves",
     "leading_eigenpairs",
     "learn_eigenbasis",
     "least_squares",
@@ -71,4 +76,5 @@ __all__ = [
     "ritz_basis",
     "ritz_head",
     "train",
+    "whole",
 ]

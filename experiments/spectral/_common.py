@@ -1,13 +1,12 @@
 """What the scripts of this folder share: command line, timing, result files, angles of spans."""
 
-import argparse
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -20,8 +19,24 @@ if str(EXPERIMENTS) not in sys.path:  # where `_report` and `_data` are
 from _report import Row, earlier_rows, save_results  # noqa: E402
 from _report import cpu_timed as cpu_timed  # noqa: E402 - for the scripts
 from _report import new_figure as new_figure  # noqa: E402 - for the scripts
+from _settings import Common, option, parsed, recorded  # noqa: E402
 
 from ella.spectral import Kernel, Problem  # noqa: E402
+
+
+@dataclass(frozen=True)
+class SpectralSettings(Common):
+    """What all scripts can be asked for.
+
+    Attributes:
+        seeds: How many; 1 in a smoke test.
+        first_seed: The first of them.
+        threads: CPU threads: these problems are too small for more than 1 to pay.
+    """
+
+    seeds: int = option(3, "how many")
+    first_seed: int = option(0, "the first of them")
+    threads: int = option(1, "CPU threads")
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class Ledger:
 
     Args:
         name: Of the script and its files.
-        args: Its command line.
+        settings: Its command line.
 
     Attributes:
         rows: All that is known so far.
@@ -120,9 +135,9 @@ class Ledger:
     FREE = ("seeds", "first_seed", "threads", "root", "out", "methods", "headline")
     """Settings that rows of one file need not share."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.path: Path = args.out / f"{name}.json"
-        self.settings: dict[str, Any] = {**vars(args), "headline": None}
+    def __init__(self, name: str, settings: SpectralSettings) -> None:
+        self.path: Path = settings.out / f"{name}.json"
+        self.settings: dict[str, Any] = {**recorded(settings), "headline": None}
         compared = [name for name in self.settings if name not in self.FREE]
         self.rows = earlier_rows(self.path, self.settings, compared)
 
@@ -141,45 +156,28 @@ class Ledger:
             )
 
 
-def arguments(
-    description: str,
-    argv: list[str] | None = None,
-    *,
-    seeds: int = 3,
-    extend: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> argparse.Namespace:
-    """The command line that all scripts have, and what `extend` adds to it.
+Asked = TypeVar("Asked", bound=SpectralSettings)
 
-    CPU threads are set to `--threads`: these problems are too small for more to pay.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--root", help="folder of the data (default: $ELLA_DATA)")
-    parser.add_argument("--smoke", action="store_true", help="seconds, for tests: no real result")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    if extend is not None:
-        extend(parser)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.seeds = 1
-    torch.set_num_threads(args.threads)
-    return args
+
+def asked(kind: type[Asked], description: str, argv: list[str] | None = None) -> Asked:
+    """The settings of the command line; sets the CPU threads."""
+    settings = parsed(kind, description, argv)
+    torch.set_num_threads(settings.threads)
+    return replace(settings, seeds=1) if settings.smoke else settings
 
 
 def finish(
     name: str,
-    args: argparse.Namespace,
+    settings: SpectralSettings,
     rows: Sequence[Row],
     headline: Headline,
     figure: Figure | None,
 ) -> None:
-    """Write `name`.json and `name`.png into `args.out`; without a figure, the old one stays."""
-    settings = {**vars(args), "headline": asdict(headline)}
-    save_results(args.out / f"{name}.json", settings, rows)
+    """Write `name`.json and `name`.png into the folder; without a figure, the old one stays."""
+    kept = {**recorded(settings), "headline": asdict(headline)}
+    save_results(settings.out / f"{name}.json", kept, rows)
     if figure is not None:
-        figure.savefig(args.out / f"{name}.png", dpi=120)
+        figure.savefig(settings.out / f"{name}.png", dpi=120)
     print(f"{name}: {headline.metric} {headline.ours:.4g}, {headline.peer} {headline.theirs:.4g}")
 
 

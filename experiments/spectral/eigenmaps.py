@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Headline, Ledger, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import (
+    Headline,
+    Ledger,
+    SpectralSettings,
+    asked,
+    cpu_timed,
+    finish,
+    mean_of,
+    new_figure,
+)
 from _data import data_root, load_task
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -345,16 +354,18 @@ def figure(rows: list[dict[str, Any]], names: list[str]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    ledger = Ledger("eigenmaps", args)
-    names = ["digits"] if args.smoke else ["digits", "FashionMNIST"]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    settings = asked(SpectralSettings, __doc__.splitlines()[0], argv)
+    ledger = Ledger("eigenmaps", settings)
+    names = ["digits"] if settings.smoke else ["digits", "FashionMNIST"]
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for name in names:
             missing = [each for each in METHODS if (seed, f"{name}: {each}") not in ledger]
             if missing:
-                data = digits(seed) if name == "digits" else fashion(data_root(args.root), seed)
+                data = (
+                    digits(seed) if name == "digits" else fashion(data_root(settings.root), seed)
+                )
             for method in missing:
-                ledger.add(row_of(name, data, method, seed, args.smoke))
+                ledger.add(row_of(name, data, method, seed, settings.smoke))
     rows = ledger.rows
 
     def figure_of(key: str, method: str = OURS, name: str = names[-1]) -> float:
@@ -383,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         reached=all(passes(name) for name in names),
         seconds=figure_of("seconds"),
     )
-    finish("eigenmaps", args, rows, headline, figure(rows, names))
+    finish("eigenmaps", settings, rows, headline, figure(rows, names))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from _common import (
     Headline,
     Ledger,
     Magnified,
-    arguments,
+    SpectralSettings,
+    asked,
     cpu_timed,
     finish,
     mean_of,
@@ -403,17 +404,19 @@ def figure(rows: list[dict[str, Any]], names: list[str]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    ledger = Ledger("graph", args)
-    names = ["blocks"] if args.smoke else ["Cora", "Citeseer"]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    settings = asked(SpectralSettings, __doc__.splitlines()[0], argv)
+    ledger = Ledger("graph", settings)
+    names = ["blocks"] if settings.smoke else ["Cora", "Citeseer"]
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for name in names:
             data = (
-                block_model(seed) if args.smoke else citations(data_root(args.root), name.lower())
+                block_model(seed)
+                if settings.smoke
+                else citations(data_root(settings.root), name.lower())
             )
             for title, part in {SPLIT: known_nodes, ALONE: new_nodes}.items():
                 if (seed, f"{name}, {title}") not in ledger:
-                    ledger.add(*part(name, data, seed, args.smoke))
+                    ledger.add(*part(name, data, seed, settings.smoke))
     rows = ledger.rows
 
     def accuracy(method: str, name: str = names[0], case: str = SPLIT) -> float:
@@ -435,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
         reached=reached and all(accuracy(OURS, n) >= accuracy(GCN, n) - 0.04 for n in names),
         seconds=mean_of(rows, f"{names[0]}, {SPLIT}: {OURS}", "seconds"),
     )
-    finish("graph", args, rows, headline, figure(rows, names))
+    finish("graph", settings, rows, headline, figure(rows, names))
 
 
 if __name__ == "__main__":

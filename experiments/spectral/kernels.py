@@ -34,7 +34,8 @@ from _common import (
     Headline,
     Ledger,
     Scaled,
-    arguments,
+    SpectralSettings,
+    asked,
     cpu_timed,
     finish,
     largest_angle,
@@ -42,6 +43,7 @@ from _common import (
     new_figure,
 )
 from _report import Row
+from _settings import option
 from _truths import Truth, gaussian_rbf, uniform_polynomial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -290,21 +292,34 @@ def headline(rows: Sequence[Row], landmarks: int) -> Headline:
     )
 
 
+@dataclass(frozen=True)
+class Settings(SpectralSettings):
+    """What the script can be asked for."""
+
+    seeds: int = option(5, "how many")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run what is not in the result file yet, and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv, seeds=5)
-    ledger = Ledger("kernels", args)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    for method in EXPLICIT[0].fits(0, args.smoke):
+    settings = asked(Settings, __doc__.splitlines()[0], argv)
+    ledger = Ledger("kernels", settings)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    for method in EXPLICIT[0].fits(0, settings.smoke):
         for kernel, seed in product(EXPLICIT, seeds):
             if (seed, f"{kernel.name}: {method}") not in ledger:
-                ledger.add(kernel.row(method, seed, args.smoke))
+                ledger.add(kernel.row(method, seed, settings.smoke))
     for name, seed in product(TOYS, seeds):
         if (seed, name) not in ledger:
-            ledger.add(*toy_rows(name, seed, args.smoke))
-    drawn = {name: learn_toy(name, args.first_seed, args.smoke) for name in TOYS}
-    rows, landmarks = ledger.rows, 64 if args.smoke else 2048
-    finish("kernels", args, rows, headline(rows, landmarks), figure(drawn, rows, args.first_seed))
+            ledger.add(*toy_rows(name, seed, settings.smoke))
+    drawn = {name: learn_toy(name, settings.first_seed, settings.smoke) for name in TOYS}
+    rows, landmarks = ledger.rows, 64 if settings.smoke else 2048
+    finish(
+        "kernels",
+        settings,
+        rows,
+        headline(rows, landmarks),
+        figure(drawn, rows, settings.first_seed),
+    )
 
 
 def figure(bases: dict[str, Eigenbasis], rows: Sequence[Row], seed: int) -> Figure:

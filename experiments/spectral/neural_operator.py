@@ -21,7 +21,6 @@ https://arxiv.org/abs/2310.12487; Fourier Neural Operator for Parametric Partial
 Equations (Li et al., 2020), https://arxiv.org/abs/2010.08895
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,13 +33,15 @@ import torch
 from _common import (
     Headline,
     Ledger,
-    arguments,
+    SpectralSettings,
+    asked,
     cpu_timed,
     finish,
     mean_of,
     needed,
     new_figure,
 )
+from _settings import option
 from matplotlib.figure import Figure
 from scipy.fft import idctn
 from scipy.sparse import diags_array, eye_array, kron
@@ -284,22 +285,29 @@ def errors(network: nn.Module, a: Tensor, u: Tensor) -> dict[str, float]:
     return found
 
 
-def extend(parser: argparse.ArgumentParser) -> None:
-    """The option of this script alone."""
-    parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of each training")
+@dataclass(frozen=True)
+class Settings(SpectralSettings):
+    """What the script can be asked for.
+
+    Attributes:
+        budget: CPU seconds of each training.
+    """
+
+    seeds: int = option(1, "how many")
+    budget: float = option(60.0, "CPU seconds of each training")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv, seeds=1, extend=extend)
-    nodes, counts, tests = (NODES, (100, 400), 50) if not args.smoke else (33, (16,), 4)
-    budget = 0.1 if args.smoke else args.budget
-    methods = (OURS, PLAIN) if args.smoke else (OURS, PLAIN, PEER)
-    ledger = Ledger("neural_operator", args)
+    settings = asked(Settings, __doc__.splitlines()[0], argv)
+    nodes, counts, tests = (NODES, (100, 400), 50) if not settings.smoke else (33, (16,), 4)
+    budget = 0.1 if settings.smoke else settings.budget
+    methods = (OURS, PLAIN) if settings.smoke else (OURS, PLAIN, PEER)
+    ledger = Ledger("neural_operator", settings)
     a, u = darcy(max(counts) + tests, nodes, seed=0)
     new = a[-tests:], u[-tests:]
     networks: dict[str, nn.Module] = {}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for count, method in product(counts, methods):
             title = f"{count} pairs: {method}"
             if (seed, title) in ledger:
@@ -343,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds=error(OURS, "seconds"),
     )
     drawn = figure(networks, *new) if set(methods) <= set(networks) else None
-    finish("neural_operator", args, rows, headline, drawn)
+    finish("neural_operator", settings, rows, headline, drawn)
 
 
 @torch.no_grad()

@@ -21,20 +21,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Headline, Ledger, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import (
+    Headline,
+    Ledger,
+    SpectralSettings,
+    asked,
+    cpu_timed,
+    finish,
+    mean_of,
+    new_figure,
+)
 from _data import data_root, load_task
 from _fidelity import ExactKernel, fidelity
 from _models import DigitsNet, checkpoint_path, load_model, train_classifier
+from _settings import option
 from matplotlib.figure import Figure
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ella import NeuralEF, Nystrom, Training
-from ella.activations import FeatureTaps, choose_taps
-from ella.eigenfunctions import EigenfunctionMethod, Features
-from ella.linearize import Linearized
+from ella import (
+    FeatureTaps,
+    Linearized,
+    LogitGaussian,
+    NeuralEF,
+    Nystrom,
+    Training,
+    choose_taps,
+)
+from ella.eigenfunctions import EigenfunctionMethod
 
 OURS, PEER = "NeuralEF", "Nyström"
 
@@ -86,13 +102,13 @@ def cosines(kernel: Tensor, norms: Tensor) -> Tensor:
     return kernel / norms / norms.unsqueeze(1)
 
 
-def gram(features: Features) -> Tensor:
+def gram(prior: LogitGaussian) -> Tensor:
     """φφᵀ over all images and logits."""
-    phi = features.phi.double().flatten(0, 1)
+    phi = prior.factor.double().flatten(0, 1)
     return phi @ phi.T
 
 
-def figure(study: Study, kernel: ExactKernel, found: dict[str, Features]) -> Figure:
+def figure(study: Study, kernel: ExactKernel, found: dict[str, LogitGaussian]) -> Figure:
     """Heat maps of the exact and the learned kernel, images in the order of classes; spectra.
 
     Both kernels are divided by the exact norms √κ(x, x), so that one scale of colours serves both.
@@ -107,10 +123,10 @@ def figure(study: Study, kernel: ExactKernel, found: dict[str, Features]) -> Fig
     ):
         panel.imshow(cosines(of_images(matrix, n), norms), vmin=-0.1, vmax=0.6, cmap="viridis")
         panel.set(title=f"{title} kernel, images by class", xticks=[], yticks=[])
-    rank = found[OURS].phi.shape[2]
+    rank = found[OURS].factor.shape[2]
     spectrum.semilogy(kernel.eigenvalues[: 2 * rank] / n, "k", label="exact")
     for name, features in found.items():
-        phi = features.phi.double().flatten(0, 1)
+        phi = features.factor.double().flatten(0, 1)
         spectrum.semilogy(torch.linalg.eigvalsh(phi.T @ phi).flip(0) / n, label=name)
     spectrum.set(title="spectrum", xlabel="index", ylabel="eigenvalue")
     spectrum.legend(frameon=False)
@@ -119,30 +135,30 @@ def figure(study: Study, kernel: ExactKernel, found: dict[str, Features]) -> Fig
 
 def rows_of(
     study: Study, kernel: ExactKernel, rank: int, inputs: int, steps: int, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Features]]:
+) -> tuple[list[dict[str, Any]], dict[str, LogitGaussian]]:
     """Both methods, and k-means on other embeddings."""
     linearized = Linearized(study.model)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(study.train, batch_size=100, shuffle=True, generator=generator)
     rows: list[dict[str, Any]] = []
-    found: dict[str, Features] = {}
+    found: dict[str, LogitGaussian] = {}
 
     def measure(name: str, method: EigenfunctionMethod) -> None:
         fitted, seconds = cpu_timed(
-            lambda: method.fit(linearized, loader, residual="none", seed=seed, progress=False)
+            lambda: method.fit(linearized, loader, seed=seed, progress=False)
         )
         features, evaluate = cpu_timed(lambda: fitted(study.images))
         found[name] = features
         figures = fidelity(kernel, features)
         row = {"method": name, "seed": seed, "seconds": seconds, "evaluate_seconds": evaluate}
         row |= {key: figures[key] for key in ("energy", "kernel_error")}
-        rows.append(row | {"clusters": clusters(features.phi.flatten(1), study.labels, seed)})
+        rows.append(row | {"clusters": clusters(features.factor.flatten(1), study.labels, seed)})
 
-    measure(PEER, Nystrom(rank, inputs))
+    measure(PEER, Nystrom(rank, inputs, residual="none"))
     teacher = Training(steps=steps, weight_decay=0.3)
-    measure(OURS, NeuralEF(rank, num_inputs=inputs, teacher=teacher))
+    measure(OURS, NeuralEF(rank, num_inputs=inputs, teacher=teacher, residual="none"))
     values, vectors = torch.linalg.eigh(of_images(kernel.matrix, len(study.labels)))
-    taps = FeatureTaps(linearized, choose_taps(linearized, study.images)[-1:])
+    taps = FeatureTaps(linearized.network, choose_taps(linearized.network, study.images)[-1:])
     others = {
         "exact kernel components": (vectors * values.clamp_min(0).sqrt())[:, -rank:],
         "penultimate features": taps(study.images)[1],
@@ -153,13 +169,20 @@ def rows_of(
     return rows, found
 
 
+@dataclass(frozen=True)
+class Settings(SpectralSettings):
+    """What the script can be asked for."""
+
+    seeds: int = option(1, "how many")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv, seeds=1)
-    root = None if args.smoke else data_root(args.root)
-    rank, inputs, count, steps = (4, 80, 60, 20) if args.smoke else (64, 2000, 300, 1500)
-    ledger, drawn = Ledger("ntk", args), None
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    settings = asked(Settings, __doc__.splitlines()[0], argv)
+    root = None if settings.smoke else data_root(settings.root)
+    rank, inputs, count, steps = (4, 80, 60, 20) if settings.smoke else (64, 2000, 300, 1500)
+    ledger, drawn = Ledger("ntk", settings), None
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         if (seed, OURS) in ledger:
             continue
         study = prepare(root, count, seed)
@@ -178,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         reached=None,
         seconds=mean_of(ledger.rows, OURS, "seconds"),
     )
-    finish("ntk", args, ledger.rows, headline, drawn)
+    finish("ntk", settings, ledger.rows, headline, drawn)
 
 
 if __name__ == "__main__":

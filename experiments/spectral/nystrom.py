@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _common import Headline, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import Headline, SpectralSettings, asked, cpu_timed, finish, mean_of, new_figure
 from _truths import Truth, gaussian_rbf
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -44,11 +44,11 @@ def scikit(truth: Truth, landmarks: Tensor) -> tuple[Tensor, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
+    settings = asked(SpectralSettings, __doc__.splitlines()[0], argv)
     truth = gaussian_rbf(RANK)
     rows: list[dict[str, Any]] = []
-    largest = 256 if args.smoke else 2048
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    largest = 256 if settings.smoke else 2048
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         generator = torch.Generator().manual_seed(seed)
         everything = torch.randn(largest, 2, generator=generator, dtype=torch.float64)
         for count in (largest // 16, largest // 4, largest):
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         reached=angle < 5 and error < 0.05,
         seconds=mean_of(rows, first, "seconds"),
     )
-    finish("nystrom", args, rows, headline, figure(truth, everything))
+    finish("nystrom", settings, rows, headline, figure(truth, everything))
 
 
 def figure(truth: Truth, landmarks: Tensor) -> Figure:

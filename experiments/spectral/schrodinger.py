@@ -26,7 +26,6 @@ Approximation (Ryu et al., 2024), https://arxiv.org/abs/2402.03655; for hydrogen
 of a Two-Dimensional Hydrogen Atom (Yang et al., 1991), Physical Review A 43.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,13 +38,15 @@ import torch
 from _common import (
     Headline,
     Ledger,
-    arguments,
+    SpectralSettings,
+    asked,
     cpu_timed,
     finish,
     largest_angle,
     mean_of,
     new_figure,
 )
+from _settings import option
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -417,23 +418,30 @@ def figure(learned: dict[str, tuple[Task, Eigenbasis]]) -> Figure:
     return drawn
 
 
-def extend(parser: argparse.ArgumentParser) -> None:
-    """The option of this script alone."""
-    parser.add_argument("--methods", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+@dataclass(frozen=True)
+class Settings(SpectralSettings):
+    """What the script can be asked for.
+
+    Attributes:
+        methods: Objectives.
+    """
+
+    seeds: int = option(1, "how many")
+    methods: tuple[str, ...] = option(tuple(OBJECTIVES), "objectives", choices=tuple(OBJECTIVES))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv, seeds=1, extend=extend)
-    ledger = Ledger("schrodinger", args)
+    settings = asked(Settings, __doc__.splitlines()[0], argv)
+    ledger = Ledger("schrodinger", settings)
     learned: dict[str, tuple[Task, Eigenbasis]] = {}
-    steps = 20 if args.smoke else 3000
-    for task in tasks(args.smoke):
+    steps = 20 if settings.smoke else 3000
+    for task in tasks(settings.smoke):
         if (0, f"{task.name}: {PEER}") not in ledger:
-            ledger.add(peer_row(task, args.smoke))
-        points, weights = check_points(task, 500 if args.smoke else 20_000)
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for method in args.methods:
+            ledger.add(peer_row(task, settings.smoke))
+        points, weights = check_points(task, 500 if settings.smoke else 20_000)
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+            for method in settings.methods:
                 if (seed, f"{task.name}: {method}") in ledger:
                     continue
                 run = partial(learn, task, OBJECTIVES[method], steps, seed)
@@ -443,7 +451,7 @@ def main(argv: list[str] | None = None) -> None:
                 if method == OURS:
                     learned[task.name] = task, basis
     rows = ledger.rows
-    names = [task.name for task in tasks(args.smoke)]
+    names = [task.name for task in tasks(settings.smoke)]
     ours = {name: mean_of(rows, f"{name}: {OURS}", "worst_energy_error") for name in names}
     hardest = names[-1]
     headline = Headline(
@@ -457,8 +465,10 @@ def main(argv: list[str] | None = None) -> None:
         reached=all(mean_of(rows, f"{name}: {OURS}", "passed") == 1 for name in names),
         seconds=mean_of(rows, f"{hardest}: {OURS}", "seconds"),
     )
-    plane = {task.name for task in tasks(args.smoke) if task.dim == 2}
-    finish("schrodinger", args, rows, headline, figure(learned) if plane <= set(learned) else None)
+    plane = {task.name for task in tasks(settings.smoke) if task.dim == 2}
+    finish(
+        "schrodinger", settings, rows, headline, figure(learned) if plane <= set(learned) else None
+    )
 
 
 if __name__ == "__main__":

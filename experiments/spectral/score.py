@@ -35,7 +35,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from _common import Headline, Ledger, Scaled, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import (
+    Headline,
+    Ledger,
+    Scaled,
+    SpectralSettings,
+    asked,
+    cpu_timed,
+    finish,
+    mean_of,
+    new_figure,
+)
 from _report import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -496,14 +506,16 @@ def headline(rows: Sequence[Row]) -> Headline:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is not in the result file yet, and write everything."""
-    args = arguments(__doc__.splitlines()[0], argv)
-    ledger = Ledger("score", args)
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    settings = asked(SpectralSettings, __doc__.splitlines()[0], argv)
+    ledger = Ledger("score", settings)
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         for name, density in DENSITIES.items():
             if (seed, name) not in ledger:
-                ledger.add(*rows_of(name, density, seed, args.smoke))
+                ledger.add(*rows_of(name, density, seed, settings.smoke))
     rows = ledger.rows
-    finish("score", args, rows, headline(rows), figure(rows, args.first_seed, args.smoke))
+    finish(
+        "score", settings, rows, headline(rows), figure(rows, settings.first_seed, settings.smoke)
+    )
 
 
 if __name__ == "__main__":

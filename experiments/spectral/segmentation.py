@@ -29,14 +29,13 @@ References: Learning Neural Eigenfunctions for Unsupervised Semantic Segmentatio
 2000); On Spectral Clustering: Analysis and an Algorithm (Ng, Jordan & Weiss, 2001).
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from _common import Headline, arguments, cpu_timed, finish, mean_of, new_figure
+from _common import Headline, SpectralSettings, asked, cpu_timed, finish, mean_of, new_figure
 from _data import data_root
 from _report import Row
 from _scenes import VOID, Scenes, camvid, textured_scenes
@@ -51,8 +50,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ella.spectral import Eigenbasis, Graph, ResidualMLP, Training, learn_eigenbasis
-from ella.spectral.problems import Pair, whole
+from ella.spectral import Eigenbasis, Graph, Pair, ResidualMLP, Training, learn_eigenbasis, whole
 
 OURS = "neural eigenfunctions"
 KMEANS = "k-means"
@@ -522,13 +520,13 @@ def draw(studies: Sequence[Study], outcomes: Sequence[Outcome], *, count: int = 
     return figure
 
 
-def studies_of(args: argparse.Namespace) -> list[Study]:
+def studies_of(settings: SpectralSettings) -> list[Study]:
     """The two data sets, drawn or read once for all seeds."""
-    num_train, num_test, group = (6, 3, 2) if args.smoke else (96, 32, 8)
-    training = Training(steps=20 if args.smoke else 400)
-    generator = torch.Generator().manual_seed(args.first_seed)
+    num_train, num_test, group = (6, 3, 2) if settings.smoke else (96, 32, 8)
+    training = Training(steps=20 if settings.smoke else 400)
+    generator = torch.Generator().manual_seed(settings.first_seed)
     drawn = [textured_scenes(count, generator) for count in (num_train, num_test)]
-    root = data_root(args.root)
+    root = data_root(settings.root)
     read = [camvid(root, "train", num_train), camvid(root, "test", num_test)]
     return [
         Study("textures", *drawn, group=group, training=training),
@@ -538,19 +536,19 @@ def studies_of(args: argparse.Namespace) -> list[Study]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run both studies for all seeds."""
-    args = arguments("Unsupervised segmentation by neural eigenfunctions", argv)
-    studies, rows, shown = studies_of(args), [], []
+    settings = asked(SpectralSettings, "Unsupervised segmentation by neural eigenfunctions", argv)
+    studies, rows, shown = studies_of(settings), [], []
     for study in studies:
         patches = patches_of([study.train, study.test])
         weights = affinity(patches[1])
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
             outcome = compare(study, patches, weights, seed)
             rows += outcome.rows
             print(*(_line(row) for row in outcome.rows), sep="\n")
         shown.append(outcome)
         for mark, reached in marks(study.name, rows).items():
             print(f"{study.name}: {mark}: {'reached' if reached else 'missed'}")
-    finish("segmentation", args, rows, headline(rows), draw(studies, shown))
+    finish("segmentation", settings, rows, headline(rows), draw(studies, shown))
 
 
 def _line(row: Row) -> str:
