@@ -7,14 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ella import metrics
 from ella.activations import FeatureTaps, Tap, choose_taps
-from ella.calibrate import Hyperparameters, Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
 from ella.estimator import ELLA
+from ella.evaluated import Evaluated
+from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Discrete, Likelihood, Normal
 from ella.linearize import Linearized
 from ella.network import Network
+from ella.predictions import NotFittedError, Predictive
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, Probit
-from ella.predictor import Evaluated, ModelChangedError, NotFittedError, Predictive, Predictor
+from ella.predictor import ModelChangedError, Predictor
 from ella.saving import State
 from ella.scores import Uncertainty, entropy
 from ella.spectral import NestedLoRA, NeuralEFObjective, Training

@@ -11,6 +11,7 @@ from itertools import product
 
 from torch import Tensor
 
+from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Likelihood
 from ella.predictive import Link, LogitGaussian
 
@@ -27,81 +28,6 @@ Logs = tuple[float, ...]
 Function = Callable[[Logs], float]
 Lattice = list[tuple[Logs, float]]
 """Points, and the logarithm of what each weighs."""
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The numbers that shape the predictive; set by the user, by `fit` or by `calibrate`.
-
-    Attributes:
-        prior_precision: δ = 1/σ₀², the precision of the Gaussian prior on every weight.
-        temperature: T, multiplies the posterior covariance; 0 for no posterior at all.
-        logit_temperature: τ, divides the outputs (all but `Normal`).
-        noise_variance: σ² of the Gaussian likelihood (`Normal`).
-
-    Raises:
-        ValueError: If a number is not finite or not above 0 (T: below 0).
-    """
-
-    prior_precision: float
-    temperature: float = 1.0
-    logit_temperature: float = 1.0
-    noise_variance: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            zero = name == "temperature" and value == 0
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and (zero or 0 < value < math.inf)):
-                raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
-
-    def scale(self, likelihood: Likelihood) -> float:
-        """The number that is this likelihood's scale."""
-        value: float = getattr(self, likelihood.scale)
-        return value
-
-    def unit_precision(self, likelihood: Likelihood) -> float:
-        """The precision s·δ that stands for δ at unit dispersion."""
-        return self.prior_precision * likelihood.dispersion(self.scale(likelihood))
-
-    def gaussian(
-        self, gaussian_at: Callable[[float], LogitGaussian], likelihood: Likelihood
-    ) -> LogitGaussian:
-        """The Gaussian over the outputs at these numbers.
-
-        Args:
-            gaussian_at: δ ↦ the one at T = τ = 1 and unit dispersion.
-            likelihood: Gives the dispersion s: with it S is s·S at the precision s·δ.
-        """
-        dispersion = likelihood.dispersion(self.scale(likelihood))
-        return gaussian_at(self.unit_precision(likelihood)).tempered(
-            self.temperature * dispersion, self.logit_temperature
-        )
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What the search chose, and what it was compared with (all scores on the validation data).
-
-    Attributes:
-        hyperparameters: The choice. T = 0 means that the posterior was switched off (temperature
-            scaling or MAP).
-        posterior: The best with T > 0, which epistemic scores use; the choice if it has T > 0, and
-            None for a method without a posterior.
-        nll: Negative log-likelihood reached, in nats per example.
-        map_nll: The same for T = 0 at the initial scale.
-        scaled_nll: The same for T = 0 at the best scale: temperature scaling.
-        num_examples: Number of validation examples.
-        edges: Names of the hyperparameters that lie at an end of what was searched.
-    """
-
-    hyperparameters: Hyperparameters
-    posterior: Hyperparameters | None
-    nll: float
-    map_nll: float
-    scaled_nll: float
-    num_examples: int
-    edges: tuple[str, ...] = ()
 
 
 def precision_grid(prior_variance: float, num: int = 15) -> list[float]:

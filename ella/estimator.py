@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ella.calibrate import Hyperparameters, Tuning
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.formats import KINDS, upgraded
-from ella.inputs import Inputs, check_positive, labelled
+from ella.hyperparameters import Hyperparameters, Tuning
+from ella.inputs import Inputs, Loader, check_positive, labelled
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.network import Network
 from ella.posterior import GaussianPosterior, LaplaceEvaluation, TrainingSums, accumulate
+from ella.predictions import NotFittedError
 from ella.predictive import Link, LogitGaussian
-from ella.predictor import NotFittedError, Predictor
+from ella.predictor import Predictor
 from ella.saving import DAMAGE, Json, State, custom_names, describe, read, rebuild, write
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class ELLA(Predictor):
         trainable = None if self._fit is None else self._fit.trainable
         return Linearized(self.network, memory_budget=self.memory_budget, trainable=trainable)
 
-    def fit(self, train_loader: Iterable[Any]) -> "Self":
+    def fit(self, train_loader: Loader) -> "Self":
         """Learn the eigenfunctions, then sum G over the training data. Starts again each time.
 
         A loader that shuffles or augments is fine: both passes take whatever it yields.
@@ -166,7 +167,7 @@ class ELLA(Predictor):
         self._fit = fit
         return self
 
-    def partial_fit(self, loader: Iterable[Any]) -> "Self":
+    def partial_fit(self, loader: Loader) -> "Self":
         """Add more data to G; eigenfunctions and hyperparameters stay.
 
         Raises:
@@ -354,7 +355,7 @@ class ELLA(Predictor):
         fit = self._fitted()
         return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
 
-    def _sums(self, eigenfunctions: Eigenfunctions, loader: Iterable[Any]) -> TrainingSums:
+    def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader) -> TrainingSums:
         pairs = self._progress_over(labelled(loader, self._device), "curvature")
         return accumulate(((eigenfunctions(x), y) for x, y in pairs), self.likelihood)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ella.calibrate import Hyperparameters, Tuning
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
+from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Normal
 from ella.network import Network
 from ella.predictive import LaplaceBridge, MonteCarlo, Probit

@@ -1,13 +1,15 @@
 """What a user may pass in, and the one sentence said when it is something else."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 """One batch of model inputs: `model(x)`, `model(*x)` or `model(**x)`; axis 0 is n examples."""
+
+Loader = Iterable[object]
+"""What a `DataLoader` is, or a list of batches: each is checked when it comes."""
 
 LABEL_KEYS = ("labels", "label", "y", "target")
 MASK_KEY = "attention_mask"
@@ -147,7 +149,7 @@ def check_inputs(x: Inputs, device: torch.device) -> int:
     return n
 
 
-def split_batch(batch: Any, *, labels: bool = True) -> tuple[Inputs, Tensor | None]:  # noqa: ANN401
+def split_batch(batch: object, *, labels: bool = True) -> tuple[Inputs, Tensor | None]:
     """Split what a loader yields into inputs and labels.
 
     Args:
@@ -176,7 +178,7 @@ def split_batch(batch: Any, *, labels: bool = True) -> tuple[Inputs, Tensor | No
     raise TypeError(f"The loader must yield {expected}; got {type(batch).__name__}.")
 
 
-def labelled(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+def labelled(loader: Loader, device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
     """Iterate over checked batches `(x, y)`, moved to the model's device.
 
     Raises:
@@ -194,7 +196,7 @@ def labelled(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inpu
         yield x, y.to(device)
 
 
-def unlabelled(loader: Iterable[Any], device: torch.device) -> Iterator[Inputs]:
+def unlabelled(loader: Loader, device: torch.device) -> Iterator[Inputs]:
     """Iterate over checked inputs, moved to the model's device; labels, if any, are left out.
 
     Raises:
@@ -207,7 +209,7 @@ def unlabelled(loader: Iterable[Any], device: torch.device) -> Iterator[Inputs]:
         yield x
 
 
-def _batches(loader: Iterable[Any]) -> Iterator[Any]:
+def _batches(loader: Loader) -> Iterator[object]:
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise TypeError(
             f"`loader` must be an iterable of batches, such as a DataLoader; got "

@@ -1,275 +1,25 @@
-"""What every method offers: `Predictive` predicts and calibrates, `Predictor` can be fitted."""
+"""What is fitted to a trained model."""
 
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ella.calibrate import Hyperparameters, Search, Tuning, precision_grid
-from ella.inputs import Inputs, check_inputs, labelled, unlabelled
-from ella.likelihoods import Discrete, Likelihood, as_likelihood
+from ella.evaluated import Evaluated
+from ella.hyperparameters import Hyperparameters
+from ella.inputs import Loader, labelled, unlabelled
+from ella.likelihoods import Likelihood, as_likelihood
 from ella.network import Network
-from ella.predictive import Evaluation, Link, LogitGaussian, MonteCarlo, make_link
-from ella.scores import Uncertainty
+from ella.predictions import Predictive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-T = TypeVar("T")
-
-
-class NotFittedError(RuntimeError):
-    """A method that needs `fit` was called before it."""
-
 
 class ModelChangedError(RuntimeError):
     """The weights of the model are no longer those that a method was fitted to."""
-
-
-class Predictive(ABC):
-    """A Gaussian over the outputs at any inputs: what predicts, and what `calibrate` tunes.
-
-    A method supplies `_evaluate` (what it must compute of the inputs, once); the rest follows.
-
-    Attributes:
-        likelihood: p(y | f).
-        hyperparameters: In use now; None before `fit`.
-        tuning: What the last `calibrate` found; None before it.
-        link: With what `calibrate` tuned, and what predicts unless told otherwise; None before.
-        seed: Seed of everything random.
-        progress: Whether to show progress bars.
-    """
-
-    def __init__(self, likelihood: Likelihood, *, seed: int = 0, progress: bool = True) -> None:
-        self.likelihood = likelihood
-        self.seed = seed
-        self.progress = progress
-        self.hyperparameters: Hyperparameters | None = None
-        self.tuning: Tuning | None = None
-        self.link: Link | None = None
-
-    @abstractmethod
-    def _evaluate(self, x: Inputs) -> Evaluation:
-        """What prediction needs of n inputs, at any prior precision."""
-
-    def _evaluate_at(self, x: Inputs, prior_precision: float) -> Evaluation:
-        """The same, for a method that saves work by knowing δ (at unit dispersion)."""
-        return self._evaluate(x)
-
-    @property
-    @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes that prediction needs beyond the model itself."""
-
-    @property
-    @abstractmethod
-    def _device(self) -> torch.device:
-        """Where inputs must be."""
-
-    def calibrate(
-        self, val_loader: Iterable[Any], *, link: str | Link = "mc", n_samples: int = 64
-    ) -> "Self":
-        """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation likelihood × hyperprior.
-
-        The inputs are evaluated once; the search (see `Search`) works on the cached result. The
-        MAP and temperature scaling are inside it. A method that has nothing to choose, the MAP,
-        stays as it is. The link and the number of draws are remembered: what was tuned is what
-        predicts. A warning says what the validation data do not determine.
-
-        Args:
-            val_loader: Data that the classifier was **not** trained on; on training data it is
-                over-confident and the search would learn that nothing is wrong. If none are left,
-                randomly cropped training images are the published substitute.
-            link: How outputs become predictions: "mc", "probit", "bridge" or a `Link`.
-            n_samples: Draws for "mc".
-
-        Raises:
-            NotFittedError: Before `fit`.
-            TypeError: If the loader or the labels have the wrong form.
-            ValueError: If a batch or a label is bad, or the link has no meaning here.
-        """
-        fitted = self._require_fitted()
-        if not self._tunable:
-            return self
-        chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
-        evaluation, y = self._evaluate_loader(val_loader)
-        y = self.likelihood.check(y, evaluation.logits.shape[1])
-        if self.likelihood.num_counted(y) == 0:
-            raise ValueError("No label of the validation data counts: all are ignored.")
-        noise = self.likelihood.scale == "noise_variance"
-        initial = fitted.noise_variance if noise else 1.0
-        search = Search(evaluation.gaussian, self.likelihood, y, chosen, initial)
-        tuning = search.run(self._precisions(evaluation))
-        self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
-        self._warn_of_edges(tuning)
-        return self
-
-    def predict_proba(
-        self,
-        x: Inputs | Iterable[Any],
-        *,
-        n_samples: int | None = None,
-        link: str | Link | None = None,
-    ) -> Tensor:
-        """Class probabilities, averaged over the posterior.
-
-        Args:
-            x: One batch (tensor, tuple or mapping of tensors) or a loader for a whole data set,
-                whose labels, if any, are ignored.
-            n_samples: Draws for "mc", which depend on the seed only, not on the batching; None
-                takes those of `calibrate`, or 128.
-            link: "mc" (exact in the limit), "probit" or "bridge" (both closed-form) or a `Link`;
-                None takes that of `calibrate`, or "mc".
-
-        Returns:
-            Shape (n, c); rows sum to 1 (for `Bernoulli`, each entry is a probability of its own).
-
-        Raises:
-            NotFittedError: Before `fit`.
-            ValueError: If the inputs are bad, or the likelihood has no probabilities.
-        """
-        if not isinstance(self.likelihood, Discrete):
-            raise ValueError(
-                'predict_proba needs likelihood="classification". For regression use logits(x), '
-                "the mean and covariance of the outputs, and hyperparameters.noise_variance."
-            )
-        return self._averages(x, self._chosen_link(link, n_samples))
-
-    def predict(self, x: Inputs | Iterable[Any]) -> Tensor:
-        """The most probable class, shape (n,); for regression the mean output, shape (n, c)."""
-        return self.likelihood.decide(self._averages(x, self._chosen_link()))
-
-    def gaussian(self, x: Inputs | Iterable[Any]) -> LogitGaussian:
-        """The Gaussian over the outputs, in factors: never (n, c, c) unless asked.
-
-        Every score and every link is a function of it.
-        """
-        return LogitGaussian.joined(list(self._gaussians(x)))
-
-    def logits(self, x: Inputs | Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Mean (n, c) and covariance (n, c, c) of the Gaussian over the logits (outputs)."""
-        gaussian = self.gaussian(x)
-        return gaussian.mean, gaussian.covariance()
-
-    def sample_logits(self, x: Inputs | Iterable[Any], n_samples: int) -> Tensor:
-        """Draws of the logits, shape (n_samples, n, c); each is one function over all inputs."""
-        return torch.cat([g.sample(n_samples, self.seed) for g in self._gaussians(x)], dim=1)
-
-    def uncertainty(
-        self,
-        x: Inputs | Iterable[Any],
-        *,
-        n_samples: int | None = None,
-        link: str | Link | None = None,
-    ) -> Uncertainty:
-        """Uncertainty scores of shape (n,), higher meaning less certain (see `Uncertainty`).
-
-        Where `calibrate` found that the probabilities need no posterior (T = 0), the mutual
-        information and the logit variance are those of the best one with T > 0.
-
-        Args:
-            x: See `predict_proba`.
-            n_samples: See `predict_proba`.
-            link: See `predict_proba`.
-        """
-        chosen, epistemic = self._require_fitted(), self._epistemic()
-        found_link, scale = self._chosen_link(link, n_samples), chosen.scale(self.likelihood)
-        parts = []
-        for inputs in self._input_batches(x):
-            evaluation = self._evaluate_at(inputs, epistemic.unit_precision(self.likelihood))
-            wide = epistemic.gaussian(evaluation.gaussian, self.likelihood)
-            used = wide
-            if epistemic is not chosen:  # T = 0: the mean alone
-                mean = evaluation.logits / chosen.logit_temperature
-                used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0))
-            parts.append(self.likelihood.uncertainty(used, wide, found_link, scale))
-        return Uncertainty.joined(parts)
-
-    @property
-    def _tunable(self) -> bool:
-        """Whether there is anything to choose."""
-        return True
-
-    def _precisions(self, evaluation: Evaluation) -> list[float]:
-        """The grid of prior precisions; empty for a method without a posterior."""
-        variance = evaluation.prior_variance()
-        return precision_grid(variance) if variance > 0 else []
-
-    def _epistemic(self) -> Hyperparameters:
-        """The numbers in use, or the best with T > 0 where those have T = 0."""
-        chosen = self._require_fitted()
-        if chosen.temperature > 0 or self.tuning is None or self.tuning.posterior is None:
-            return chosen
-        return self.tuning.posterior
-
-    def _chosen_link(self, link: str | Link | None = None, n_samples: int | None = None) -> Link:
-        """What the caller asks for, else what `calibrate` used, else 128 draws."""
-        tuned = self.link or MonteCarlo(128, self.seed)
-        draws = tuned.num_samples if isinstance(tuned, MonteCarlo) else 128
-        count = draws if n_samples is None else n_samples
-        if link is None and isinstance(tuned, MonteCarlo):
-            link = "mc"
-        asked = make_link(tuned if link is None else link, count, self.seed)
-        return self.likelihood.check_link(asked)
-
-    def _averages(self, x: Inputs | Iterable[Any], link: Link) -> Tensor:
-        """The response averaged over the posterior, shape (n, c)."""
-        if self._require_fitted().temperature == 0:  # no posterior: links only approximate
-            return torch.cat([self.likelihood.response(g.mean, -1) for g in self._gaussians(x)])
-        return torch.cat([self.likelihood.predictive(g, link) for g in self._gaussians(x)])
-
-    def _gaussians(self, x: Inputs | Iterable[Any]) -> Iterable[LogitGaussian]:
-        """The final Gaussian over the outputs, batch by batch."""
-        chosen = self._require_fitted()
-        for inputs in self._input_batches(x):
-            evaluation = self._evaluate_at(inputs, chosen.unit_precision(self.likelihood))
-            yield chosen.gaussian(evaluation.gaussian, self.likelihood)
-
-    def _input_batches(self, x: Inputs | Iterable[Any]) -> Iterable[Inputs]:
-        if isinstance(x, (Tensor, tuple, Mapping)):
-            check_inputs(x, self._device)
-            yield x
-        else:
-            yield from self._progress_over(unlabelled(x, self._device), "predict")
-
-    def _evaluate_loader(self, loader: Iterable[Any]) -> tuple[Evaluation, Tensor]:
-        """Evaluations of a whole loader, joined, and its labels."""
-        parts, targets = [], []
-        for x, y in self._progress_over(labelled(loader, self._device), "evaluate"):
-            parts.append(self._evaluate(x))
-            targets.append(y)
-        return type(parts[0]).joined(parts), torch.cat(targets)
-
-    def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:
-        bar: Iterable[T] = tqdm(items, desc=what, disable=not self.progress, leave=False)
-        return bar
-
-    def _require_fitted(self) -> Hyperparameters:
-        if self.hyperparameters is None:
-            name = type(self).__name__
-            raise NotFittedError(
-                f"This {name} is not fitted. Call {name}.fit(train_loader) first."
-            )
-        return self.hyperparameters
-
-    @staticmethod
-    def _warn_of_edges(tuning: Tuning) -> None:
-        if tuning.edges:
-            found = " and ".join(
-                f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
-                for name in tuning.edges
-            )
-            warnings.warn(
-                f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
-                f"an end of the searched range; in brackets is what the hyperprior made of it. "
-                f"More validation data may settle it.",
-                stacklevel=3,
-            )
 
 
 class Predictor(Predictive):
@@ -293,7 +43,7 @@ class Predictor(Predictive):
         self._fitted_to: tuple[str, torch.device] | None = None
 
     @abstractmethod
-    def fit(self, train_loader: Iterable[Any]) -> "Self":
+    def fit(self, train_loader: Loader) -> "Self":
         """Fit to the training data; calling it again starts again."""
 
     @property
@@ -301,7 +51,7 @@ class Predictor(Predictive):
         """The user's model."""
         return self.network.model
 
-    def evaluated(self, loader: Iterable[Any]) -> "Evaluated":
+    def evaluated(self, loader: Loader) -> Evaluated:
         """Compute once what prediction needs of a data set, to tune and to score it many times.
 
         Args:
@@ -323,7 +73,7 @@ class Predictor(Predictive):
     def _device(self) -> torch.device:
         return self.network.device
 
-    def _check_first_batch(self, loader: Iterable[Any]) -> None:
+    def _check_first_batch(self, loader: Loader) -> None:
         """Fail on wrong labels before the long part, not after it."""
         x, y = next(iter(labelled(loader, self._device)))
         self.likelihood.check(y, self.network(x).shape[1])
@@ -356,7 +106,7 @@ class Predictor(Predictive):
             )
         return found
 
-    def _initial_scale(self, loader: Iterable[Any]) -> float:
+    def _initial_scale(self, loader: Loader) -> float:
         """The likelihood's scale from residuals, by a pass over the data if it needs one."""
         if self.likelihood.scale != "noise_variance":
             return 1.0
@@ -371,54 +121,3 @@ class Predictor(Predictive):
     def _started(self, prior_precision: float, scale: float) -> Hyperparameters:
         """The hyperparameters of a fresh fit."""
         return replace(Hyperparameters(prior_precision), **{self.likelihood.scale: scale})
-
-
-class Evaluated(Predictive):
-    """A fitted method on one data set, whose examples are named by their row numbers.
-
-    It has hyperparameters of its own: `calibrate` does not change those of the method.
-
-    Args:
-        method: A fitted method.
-        evaluation: What it computed of all inputs; see `Predictor.evaluated`.
-    """
-
-    def __init__(self, method: Predictor, evaluation: Evaluation) -> None:
-        super().__init__(method.likelihood, seed=method.seed, progress=False)
-        self.method = method
-        self.evaluation = evaluation
-        self.hyperparameters = method.hyperparameters
-        self.tuning, self.link = method.tuning, method.link
-
-    def copied(self, like: "Predictive | None" = None) -> "Evaluated":
-        """The same evaluation with its own hyperparameters, or with those of another method."""
-        twin = Evaluated(self.method, self.evaluation)
-        source = self.method if like is None else like
-        twin.hyperparameters = source.hyperparameters
-        twin.tuning, twin.link = source.tuning, source.link
-        return twin
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.evaluation.logits)
-
-    @property
-    def state_bytes(self) -> int:
-        """Those of the method."""
-        return self.method.state_bytes
-
-    def _evaluate(self, x: Inputs) -> Evaluation:
-        if not isinstance(x, Tensor) or x.is_floating_point():
-            raise TypeError("`x` must be row numbers of the evaluated data: a tensor of integers.")
-        return self.evaluation.rows(x)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.evaluation.logits.device
-
-    @property
-    def _tunable(self) -> bool:
-        return self.method._tunable
-
-    def _precisions(self, evaluation: Evaluation) -> list[float]:
-        return self.method._precisions(evaluation)

@@ -8,9 +8,19 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ella import ELLA, Categorical, LastLayer, LogitGaussian, MonteCarlo, Normal, Nystrom, Probit
+from ella import (
+    ELLA,
+    Categorical,
+    Hyperparameters,
+    LastLayer,
+    LogitGaussian,
+    MonteCarlo,
+    Normal,
+    Nystrom,
+    Probit,
+)
 from ella.baselines import MAP, TemperatureScaling
-from ella.calibrate import REACH, Hyperparameters, Search, compass, precision_grid
+from ella.calibrate import REACH, Search, compass, precision_grid
 from ella.metrics import auroc, negative_log_likelihood
 
 N, C, K = 40, 3, 4

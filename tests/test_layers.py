@@ -22,7 +22,10 @@ ORDER = (
     "likelihoods",
     "posterior",
     "eigenfunctions",
+    "hyperparameters",
     "calibrate",
+    "predictions",
+    "evaluated",
     "predictor",
     "baselines",
     "formats",
@@ -73,7 +76,8 @@ def test_imports_point_one_way(path):
         ("scores", {"predictive"}),
         ("likelihoods", {"inputs", "predictive", "scores"}),
         ("posterior", {"predictive", "likelihoods", "saving"}),
-        ("calibrate", {"predictive", "likelihoods"}),
+        ("hyperparameters", {"predictive", "likelihoods"}),
+        ("calibrate", {"predictive", "likelihoods", "hyperparameters"}),
     ],
 )
 def test_the_halves_do_not_know_each_other(part, allowed):

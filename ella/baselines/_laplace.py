@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella.inputs import Inputs, check_positive, labelled
+from ella.inputs import Inputs, Loader, check_positive, labelled
 from ella.likelihoods import Categorical, Likelihood, Normal
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
-from ella.predictor import NotFittedError, Predictor
+from ella.predictions import NotFittedError
+from ella.predictor import Predictor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,7 +63,7 @@ class LaplaceBaseline(Predictor):
         self.prior_precision = prior_precision
         self.memory_budget = memory_budget
 
-    def fit(self, train_loader: Iterable[Any]) -> "Self":
+    def fit(self, train_loader: Loader) -> "Self":
         """Compute the curvature on the training data; calling it again starts again.
 
         For regression without a noise variance the data are first gone through for the residuals.
@@ -82,7 +83,7 @@ class LaplaceBaseline(Predictor):
         return self
 
     @abstractmethod
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
         """Do all the work, at σ² = 1; return what stores its result in `self`, and cannot fail.
 
         Args:
@@ -96,7 +97,7 @@ class LaplaceBaseline(Predictor):
         return "regression" if isinstance(self.likelihood, Normal) else "classification"
 
     def _checked_batches(
-        self, linearized: Linearized, loader: Iterable[Any], what: str
+        self, linearized: Linearized, loader: Loader, what: str
     ) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches whose labels are checked against the number of outputs; real ones (n, c)."""
         for x, y in self._progress_over(labelled(loader, self._device), what):

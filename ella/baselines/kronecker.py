@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ella.baselines._laplace import (
     require_tensor,
 )
 from ella.calibrate import precision_grid
-from ella.inputs import Inputs, take
+from ella.inputs import Inputs, Loader, take
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.predictive import Evaluation, LogitGaussian
@@ -84,7 +83,7 @@ class KroneckerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed Kronecker factors."""
         return num_bytes(t for b in self._blocks for t in (*b.values, *b.vectors))
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
         require_full_precision(linearized)
         if iter(loader) is loader:
             raise TypeError(
@@ -104,9 +103,7 @@ class KroneckerLaplace(LaplaceBaseline):
 
         return assign
 
-    def _run(
-        self, linearized: Linearized, loader: Iterable[Any], num_examples: int
-    ) -> "list[_Block]":
+    def _run(self, linearized: Linearized, loader: Loader, num_examples: int) -> "list[_Block]":
         """laplace-torch on a copy whose other parameters are frozen."""
         covered = set(_covered_parameters(self.model))
         model = copy.deepcopy(self.model).eval()

@@ -1,7 +1,7 @@
 """Laplace over the weights of the last linear layer, by laplace-torch and BackPACK."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ella.activations import FeatureTaps, Tap, last_linear
 from ella.baselines._laplace import Batches, LaplaceBaseline, fit_laplace, num_bytes
-from ella.inputs import Inputs, check_choice, slices
+from ella.inputs import Inputs, Loader, check_choice, slices
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
 from ella.predictive import Evaluation, LogitGaussian
@@ -74,7 +74,7 @@ class LastLayerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed curvature."""
         return num_bytes(self._posterior.tensors()) if self._posterior is not None else 0
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
         taps: FeatureTaps | None = None
         features, labels = [], []
         for x, y in self._checked_batches(linearized, loader, "features"):

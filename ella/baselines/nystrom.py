@@ -1,7 +1,7 @@
 """laplace-torch's own ELLA: Nyström features of the tangent kernel, without the residual."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ella.baselines._laplace import (
     require_full_precision,
     require_tensor,
 )
-from ella.inputs import Inputs
+from ella.inputs import Inputs, Loader
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.posterior import GaussianPosterior, LaplaceEvaluation
@@ -87,7 +87,7 @@ class NystromLaplace(LaplaceBaseline):
             return 0
         return num_bytes((self._found.directions, self._found.posterior.eigenvalues))
 
-    def _fit(self, linearized: Linearized, loader: Iterable[Any]) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
         require_full_precision(linearized)
         parts = [
             (require_tensor(x), y)

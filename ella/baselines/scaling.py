@@ -1,13 +1,13 @@
 """The model itself, and the model with one number tuned: no posterior at all."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ella.inputs import Inputs
+from ella.inputs import Inputs, Loader
 from ella.predictive import Evaluation, LogitGaussian
 from ella.predictor import Predictor
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Deterministic(Predictor):
     """A Gaussian over logits with no variance."""
 
-    def fit(self, train_loader: Iterable[Any]) -> "Self":
+    def fit(self, train_loader: Loader) -> "Self":
         """Check the first batch and the model's outputs for it; nothing is learned but σ².
 
         Raises:

@@ -1,9 +1,8 @@
 """The narrow waist: the prior over outputs at n inputs, in terms of eigenfunctions."""
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
-from ella.inputs import Inputs, check_choice
+from ella.inputs import Inputs, Loader, check_choice
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -37,7 +36,7 @@ class EigenfunctionMethod(Protocol):
     """A way to find eigenfunctions: settings only; `fit` returns the fitted object."""
 
     def fit(
-        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
     ) -> Eigenfunctions:
         """Find the leading eigenfunctions on a loader of `(x, y, ...)`; y is not used."""
 

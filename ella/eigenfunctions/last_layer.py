@@ -1,15 +1,13 @@
 """Last-layer eigenfunctions: the kernel of the final linear layer alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ella.activations import FeatureTaps, Tap, last_linear
 from ella.eigenfunctions.base import check_product_residual
-from ella.inputs import Inputs, labelled
+from ella.inputs import Inputs, Loader, labelled
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -33,7 +31,7 @@ class LastLayer:
         check_product_residual(self.residual)
 
     def fit(
-        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
     ) -> "LastLayerFeatures":
         """See `EigenfunctionMethod.fit`. One batch is looked at, to find the layer.
 

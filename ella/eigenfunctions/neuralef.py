@@ -1,8 +1,7 @@
 """Neural eigenfunctions of the NTK: φ(x) for the price of one forward pass."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, Lear
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
 from ella.inputs import (
     Inputs,
+    Loader,
     check_choice,
     concatenate,
     labelled,
@@ -112,7 +112,7 @@ class NeuralEF:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
 
     def fit(
-        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
     ) -> NeuralFeatures:
         """See `EigenfunctionMethod.fit`.
 
@@ -124,7 +124,7 @@ class NeuralEF:
         return self.learn(sample, seed=seed, progress=progress)
 
     def sample(
-        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
     ) -> KernelSample:
         """The dear half of `fit`: one pass over `num_inputs` inputs with their Jacobians.
 
@@ -183,7 +183,7 @@ class NeuralEF:
         return NeuralFeatures.restore(network, state, self.network)
 
     def _collect(
-        self, linearized: Linearized, loader: Iterable[Any], generator: torch.Generator
+        self, linearized: Linearized, loader: Loader, generator: torch.Generator
     ) -> Inputs:
         """`num_inputs` inputs: half, or one pass if that is less, as they are; then augmented."""
         parts: list[Inputs] = []

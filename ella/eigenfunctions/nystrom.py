@@ -1,15 +1,13 @@
 """Nyström eigenfunctions: exact Jacobian products with k fixed directions."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ella.eigenfunctions.base import check_product_residual
-from ella.inputs import Inputs, check_choice, labelled, num_examples, take
+from ella.inputs import Inputs, Loader, check_choice, labelled, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -53,7 +51,7 @@ class Nystrom:
             )
 
     def fit(
-        self, linearized: Linearized, loader: Iterable[Any], *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
     ) -> "JacobianProjection":
         """See `EigenfunctionMethod.fit`. The first `subsample` examples of the loader are used.
 
@@ -76,7 +74,7 @@ class Nystrom:
         return JacobianProjection(linearized, directions, state.text("residual"))
 
     def _sample_rows(
-        self, linearized: Linearized, loader: Iterable[Any], seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader, seed: int, progress: bool
     ) -> Tensor:
         """J_m, shape (m, p), written part by part into its place: never a second copy."""
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +95,7 @@ class Nystrom:
                 rows[start:end] = linearized.row_gradients(x, chosen.to(linearized.device))
         return rows
 
-    def _first_inputs(self, linearized: Linearized, loader: Iterable[Any]) -> list[Inputs]:
+    def _first_inputs(self, linearized: Linearized, loader: Loader) -> list[Inputs]:
         """The first `subsample` inputs, or all of them, in batches."""
         parts: list[Inputs] = []
         missing = self.subsample

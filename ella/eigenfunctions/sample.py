@@ -112,19 +112,13 @@ def sample_kernel(
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
     """
-    n, c = num_examples(inputs), linearized.num_outputs(inputs)
-    row_bytes = linearized.num_parameters * linearized.dtype.itemsize
-    m = max(1, min(num_directions, n, 4 * linearized.memory_budget // row_bytes))
-    chosen = torch.randperm(n, generator=generator)[:m]
-    outputs = torch.randint(c, (m,), generator=generator).to(linearized.device)
-    rows = linearized.row_gradients(take(inputs, chosen), outputs)
-    values, vectors = numerical_eigenpairs(row_gram(rows))
-    check_rank(rank, len(values))
-    mix = (vectors / values.sqrt()).to(rows)
-    exact = c <= m + PROBES
+    rows, mix = _directions(linearized, inputs, rank, num_directions, generator)
+    exact = linearized.num_outputs(inputs) <= len(rows) + PROBES
     seed = int(torch.randint(2**31, (1,), generator=generator))
     activations, features, diagonals, blocks = [], [], [], []
-    parts = tqdm(list(slices(n, 256)), "jacobians", disable=not progress, leave=False)
+    parts = tqdm(
+        list(slices(num_examples(inputs), 256)), "jacobians", disable=not progress, leave=False
+    )
     for part in parts:
         x = take(inputs, part)
         activations.append(taps(x)[1])
@@ -147,6 +141,25 @@ def sample_kernel(
         scale,
         axes,
     )
+
+
+def _directions(
+    linearized: Linearized,
+    inputs: Inputs,
+    rank: int,
+    num_directions: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Sampled rows of the Jacobian (m, p), and what makes them orthonormal, (m, r)."""
+    n, c = num_examples(inputs), linearized.num_outputs(inputs)
+    row_bytes = linearized.num_parameters * linearized.dtype.itemsize
+    m = max(1, min(num_directions, n, 4 * linearized.memory_budget // row_bytes))
+    chosen = torch.randperm(n, generator=generator)[:m]
+    outputs = torch.randint(c, (m,), generator=generator).to(linearized.device)
+    rows = linearized.row_gradients(take(inputs, chosen), outputs)
+    values, vectors = numerical_eigenpairs(row_gram(rows))
+    check_rank(rank, len(values))
+    return rows, (vectors / values.sqrt()).to(rows)
 
 
 def _scaled(features: Tensor) -> tuple[Tensor, float, Tensor]:

@@ -60,13 +60,8 @@ def train(
     Raises:
         ValueError: If the held-out loss was never finite.
     """
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warm_cosine(step, training.steps)
-    )
-    best, best_state, since, history = math.inf, copy.deepcopy(network.state_dict()), 0, []
+    optimizer, schedule = _optimizer(network, training)
+    best = _Best(network)
     every = max(1, training.steps // training.checks)
     devices = sorted({p.device.index for p in network.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
@@ -81,23 +76,60 @@ def train(
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == training.steps:
-                network.eval()
-                value = loss.held_out(network)
-                history.append(value)
-                bar.set_postfix(held_out=f"{value:.4g}")
-                since += 1
-                if value < best:
-                    best, best_state, since = value, copy.deepcopy(network.state_dict()), 0
-                if since >= training.patience:
+                best.note(loss.held_out(network.eval()))
+                bar.set_postfix(held_out=f"{best.history[-1]:.4g}")
+                if best.since >= training.patience:
                     break
-    if not math.isfinite(best):
-        raise ValueError(
-            "The held-out loss was never finite. Lower `learning_rate`, or check the inputs and "
-            "the targets (of eigenfunctions: that the kernel is positive semi-definite)."
-        )
-    network.load_state_dict(best_state)
-    network.eval()
-    return history
+    best.restore()
+    return best.history
+
+
+def _optimizer(
+    network: nn.Module, training: Training
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warm_cosine(step, training.steps)
+    )
+    return optimizer, schedule
+
+
+class _Best:
+    """The weights of the lowest held-out loss so far.
+
+    Args:
+        network: Whose.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.history: list[float] = []
+        self.since = 0
+        self._value, self._state = math.inf, copy.deepcopy(network.state_dict())
+
+    def note(self, value: float) -> None:
+        """The loss of the present weights."""
+        self.history.append(value)
+        self.since += 1
+        if value < self._value:
+            self._value, self._state = value, copy.deepcopy(self.network.state_dict())
+            self.since = 0
+
+    def restore(self) -> None:
+        """Put the best weights back.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not math.isfinite(self._value):
+            raise ValueError(
+                "The held-out loss was never finite. Lower `learning_rate`, or check the inputs "
+                "and the targets (of eigenfunctions: that the kernel is positive semi-definite)."
+            )
+        self.network.load_state_dict(self._state)
+        self.network.eval()
 
 
 def _warm_cosine(step: int, steps: int) -> float:

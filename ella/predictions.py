@@ -1,0 +1,267 @@
+"""What every method offers once it has a Gaussian over outputs: calibrate, predict, score."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ella.calibrate import Search, precision_grid
+from ella.hyperparameters import Hyperparameters, Tuning
+from ella.inputs import Inputs, Loader, check_inputs, labelled, unlabelled
+from ella.likelihoods import Discrete, Likelihood
+from ella.predictive import Evaluation, Link, LogitGaussian, MonteCarlo, make_link
+from ella.scores import Uncertainty
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+class NotFittedError(RuntimeError):
+    """A method that needs `fit` was called before it."""
+
+
+class Predictive(ABC):
+    """A Gaussian over the outputs at any inputs: what predicts, and what `calibrate` tunes.
+
+    A method supplies `_evaluate` (what it must compute of the inputs, once); the rest follows.
+
+    Attributes:
+        likelihood: p(y | f).
+        hyperparameters: In use now; None before `fit`.
+        tuning: What the last `calibrate` found; None before it.
+        link: With what `calibrate` tuned, and what predicts unless told otherwise; None before.
+        seed: Seed of everything random.
+        progress: Whether to show progress bars.
+    """
+
+    def __init__(self, likelihood: Likelihood, *, seed: int = 0, progress: bool = True) -> None:
+        self.likelihood = likelihood
+        self.seed = seed
+        self.progress = progress
+        self.hyperparameters: Hyperparameters | None = None
+        self.tuning: Tuning | None = None
+        self.link: Link | None = None
+
+    @abstractmethod
+    def _evaluate(self, x: Inputs) -> Evaluation:
+        """What prediction needs of n inputs, at any prior precision."""
+
+    def _evaluate_at(self, x: Inputs, prior_precision: float) -> Evaluation:
+        """The same, for a method that saves work by knowing δ (at unit dispersion)."""
+        return self._evaluate(x)
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes that prediction needs beyond the model itself."""
+
+    @property
+    @abstractmethod
+    def _device(self) -> torch.device:
+        """Where inputs must be."""
+
+    def calibrate(
+        self, val_loader: Loader, *, link: str | Link = "mc", n_samples: int = 64
+    ) -> "Self":
+        """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation likelihood × hyperprior.
+
+        The inputs are evaluated once; the search (see `Search`) works on the cached result. The
+        MAP and temperature scaling are inside it. A method that has nothing to choose, the MAP,
+        stays as it is. The link and the number of draws are remembered: what was tuned is what
+        predicts. A warning says what the validation data do not determine.
+
+        Args:
+            val_loader: Data that the classifier was **not** trained on; on training data it is
+                over-confident and the search would learn that nothing is wrong. If none are left,
+                randomly cropped training images are the published substitute.
+            link: How outputs become predictions: "mc", "probit", "bridge" or a `Link`.
+            n_samples: Draws for "mc".
+
+        Raises:
+            NotFittedError: Before `fit`.
+            TypeError: If the loader or the labels have the wrong form.
+            ValueError: If a batch or a label is bad, or the link has no meaning here.
+        """
+        fitted = self._require_fitted()
+        if not self._tunable:
+            return self
+        chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
+        evaluation, y = self._evaluate_loader(val_loader)
+        y = self.likelihood.check(y, evaluation.logits.shape[1])
+        if self.likelihood.num_counted(y) == 0:
+            raise ValueError("No label of the validation data counts: all are ignored.")
+        noise = self.likelihood.scale == "noise_variance"
+        initial = fitted.noise_variance if noise else 1.0
+        search = Search(evaluation.gaussian, self.likelihood, y, chosen, initial)
+        tuning = search.run(self._precisions(evaluation))
+        self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
+        self._warn_of_edges(tuning)
+        return self
+
+    def predict_proba(
+        self,
+        x: Inputs | Loader,
+        *,
+        n_samples: int | None = None,
+        link: str | Link | None = None,
+    ) -> Tensor:
+        """Class probabilities, averaged over the posterior.
+
+        Args:
+            x: One batch (tensor, tuple or mapping of tensors) or a loader for a whole data set,
+                whose labels, if any, are ignored.
+            n_samples: Draws for "mc", which depend on the seed only, not on the batching; None
+                takes those of `calibrate`, or 128.
+            link: "mc" (exact in the limit), "probit" or "bridge" (both closed-form) or a `Link`;
+                None takes that of `calibrate`, or "mc".
+
+        Returns:
+            Shape (n, c); rows sum to 1 (for `Bernoulli`, each entry is a probability of its own).
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If the inputs are bad, or the likelihood has no probabilities.
+        """
+        if not isinstance(self.likelihood, Discrete):
+            raise ValueError(
+                'predict_proba needs likelihood="classification". For regression use logits(x), '
+                "the mean and covariance of the outputs, and hyperparameters.noise_variance."
+            )
+        return self._averages(x, self._chosen_link(link, n_samples))
+
+    def predict(self, x: Inputs | Loader) -> Tensor:
+        """The most probable class, shape (n,); for regression the mean output, shape (n, c)."""
+        return self.likelihood.decide(self._averages(x, self._chosen_link()))
+
+    def gaussian(self, x: Inputs | Loader) -> LogitGaussian:
+        """The Gaussian over the outputs, in factors: never (n, c, c) unless asked.
+
+        Every score and every link is a function of it.
+        """
+        return LogitGaussian.joined(list(self._gaussians(x)))
+
+    def logits(self, x: Inputs | Loader) -> tuple[Tensor, Tensor]:
+        """Mean (n, c) and covariance (n, c, c) of the Gaussian over the logits (outputs)."""
+        gaussian = self.gaussian(x)
+        return gaussian.mean, gaussian.covariance()
+
+    def sample_logits(self, x: Inputs | Loader, n_samples: int) -> Tensor:
+        """Draws of the logits, shape (n_samples, n, c); each is one function over all inputs."""
+        return torch.cat([g.sample(n_samples, self.seed) for g in self._gaussians(x)], dim=1)
+
+    def uncertainty(
+        self,
+        x: Inputs | Loader,
+        *,
+        n_samples: int | None = None,
+        link: str | Link | None = None,
+    ) -> Uncertainty:
+        """Uncertainty scores of shape (n,), higher meaning less certain (see `Uncertainty`).
+
+        Where `calibrate` found that the probabilities need no posterior (T = 0), the mutual
+        information and the logit variance are those of the best one with T > 0.
+
+        Args:
+            x: See `predict_proba`.
+            n_samples: See `predict_proba`.
+            link: See `predict_proba`.
+        """
+        chosen, epistemic = self._require_fitted(), self._epistemic()
+        found_link, scale = self._chosen_link(link, n_samples), chosen.scale(self.likelihood)
+        parts = []
+        for inputs in self._input_batches(x):
+            evaluation = self._evaluate_at(inputs, epistemic.unit_precision(self.likelihood))
+            wide = epistemic.gaussian(evaluation.gaussian, self.likelihood)
+            used = wide
+            if epistemic is not chosen:  # T = 0: the mean alone
+                mean = evaluation.logits / chosen.logit_temperature
+                used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0))
+            parts.append(self.likelihood.uncertainty(used, wide, found_link, scale))
+        return Uncertainty.joined(parts)
+
+    @property
+    def _tunable(self) -> bool:
+        """Whether there is anything to choose."""
+        return True
+
+    def _precisions(self, evaluation: Evaluation) -> list[float]:
+        """The grid of prior precisions; empty for a method without a posterior."""
+        variance = evaluation.prior_variance()
+        return precision_grid(variance) if variance > 0 else []
+
+    def _epistemic(self) -> Hyperparameters:
+        """The numbers in use, or the best with T > 0 where those have T = 0."""
+        chosen = self._require_fitted()
+        if chosen.temperature > 0 or self.tuning is None or self.tuning.posterior is None:
+            return chosen
+        return self.tuning.posterior
+
+    def _chosen_link(self, link: str | Link | None = None, n_samples: int | None = None) -> Link:
+        """What the caller asks for, else what `calibrate` used, else 128 draws."""
+        tuned = self.link or MonteCarlo(128, self.seed)
+        draws = tuned.num_samples if isinstance(tuned, MonteCarlo) else 128
+        count = draws if n_samples is None else n_samples
+        if link is None and isinstance(tuned, MonteCarlo):
+            link = "mc"
+        asked = make_link(tuned if link is None else link, count, self.seed)
+        return self.likelihood.check_link(asked)
+
+    def _averages(self, x: Inputs | Loader, link: Link) -> Tensor:
+        """The response averaged over the posterior, shape (n, c)."""
+        if self._require_fitted().temperature == 0:  # no posterior: links only approximate
+            return torch.cat([self.likelihood.response(g.mean, -1) for g in self._gaussians(x)])
+        return torch.cat([self.likelihood.predictive(g, link) for g in self._gaussians(x)])
+
+    def _gaussians(self, x: Inputs | Loader) -> Iterable[LogitGaussian]:
+        """The final Gaussian over the outputs, batch by batch."""
+        chosen = self._require_fitted()
+        for inputs in self._input_batches(x):
+            evaluation = self._evaluate_at(inputs, chosen.unit_precision(self.likelihood))
+            yield chosen.gaussian(evaluation.gaussian, self.likelihood)
+
+    def _input_batches(self, x: Inputs | Loader) -> Iterable[Inputs]:
+        if isinstance(x, (Tensor, tuple, Mapping)):
+            check_inputs(x, self._device)
+            yield x
+        else:
+            yield from self._progress_over(unlabelled(x, self._device), "predict")
+
+    def _evaluate_loader(self, loader: Loader) -> tuple[Evaluation, Tensor]:
+        """Evaluations of a whole loader, joined, and its labels."""
+        parts, targets = [], []
+        for x, y in self._progress_over(labelled(loader, self._device), "evaluate"):
+            parts.append(self._evaluate(x))
+            targets.append(y)
+        return type(parts[0]).joined(parts), torch.cat(targets)
+
+    def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:
+        bar: Iterable[T] = tqdm(items, desc=what, disable=not self.progress, leave=False)
+        return bar
+
+    def _require_fitted(self) -> Hyperparameters:
+        if self.hyperparameters is None:
+            name = type(self).__name__
+            raise NotFittedError(
+                f"This {name} is not fitted. Call {name}.fit(train_loader) first."
+            )
+        return self.hyperparameters
+
+    @staticmethod
+    def _warn_of_edges(tuning: Tuning) -> None:
+        if tuning.edges:
+            found = " and ".join(
+                f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
+                for name in tuning.edges
+            )
+            warnings.warn(
+                f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
+                f"an end of the searched range; in brackets is what the hyperprior made of it. "
+                f"More validation data may settle it.",
+                stacklevel=3,
+            )

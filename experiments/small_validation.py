@@ -1,0 +1,173 @@
+"""How few validation examples are enough? ELLA against temperature scaling, both tuned on them.
+
+    python experiments/small_validation.py
+    python experiments/small_validation.py --problems resnet20 resnet32 resnet44 --root $ELLA_DATA
+
+Each method is fitted and evaluated once; then both are tuned on the same draws of validation
+examples and scored on the same test examples. A row tells, over all draws, the mean NLL of both,
+the mean paired difference with its standard error (below zero: ELLA is better), and the worst NLL
+of any draw, over that of the plain model.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _data import data_root, load_task
+from _given import batches_of
+from _models import TRAINING, DigitsNet, checkpoint_path, load_model, train_classifier
+from _report import earlier_rows, save_results
+from _settings import OnDevice, option, parsed, recorded
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ella import ELLA, Evaluated, NeuralEF, Training
+from ella.baselines import TemperatureScaling
+from ella.metrics import negative_log_likelihood
+
+SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+LARGE = 500
+"""From this size on fewer draws are made: they differ less, and take longer."""
+
+
+@dataclass(frozen=True)
+class Settings(OnDevice):
+    """What the script can be asked for.
+
+    Attributes:
+        problems: "digits-SEED", or a published CIFAR-10 network.
+        draws: Of validation examples, for each size.
+        num_inputs: Images that NeuralEF learns from (CIFAR-10).
+        num_sources: Training images that G comes from (CIFAR-10).
+        threads: CPU threads.
+    """
+
+    problems: tuple[str, ...] = option(("digits-10", "digits-11", "digits-12"), "what to run on")
+    draws: int = option(20, "of validation examples, for each size")
+    num_inputs: int = option(3000, "images that NeuralEF learns from (CIFAR-10)")
+    num_sources: int = option(5000, "training images that G comes from (CIFAR-10)")
+    threads: int = option(1, "CPU threads")
+
+
+@dataclass(frozen=True)
+class Known:
+    """Both methods at all labelled examples that they were not fitted on.
+
+    Attributes:
+        methods: By name.
+        labels: Of the examples.
+        num_val: How many of them draws come from; the others test.
+    """
+
+    methods: dict[str, Evaluated]
+    labels: Tensor
+    num_val: int
+
+    @classmethod
+    def of(cls, problem: str, settings: Settings) -> "Known":
+        """Train or load the classifier; fit both methods."""
+        if problem.startswith("digits"):
+            seed = int(problem.partition("-")[2])
+            task = load_task("digits", None, seed)
+            net = DigitsNet(task.num_classes)
+            model = train_classifier(net, task.train, seed, **TRAINING["digits"])
+            neural = NeuralEF(num_inputs=3000, num_directions=128, teacher=Training(steps=1000))
+        else:
+            seed, sizes = 0, {"num_val": 3000, "num_test": 4000}
+            task = load_task("cifar10", settings.root, 0, num_train=settings.num_sources, **sizes)
+            path = checkpoint_path(problem, data_root(settings.root))
+            model = load_model(problem, path).to(settings.device)
+            neural = NeuralEF(num_inputs=settings.num_inputs)
+        if settings.smoke:
+            neural = NeuralEF(4, num_inputs=60, num_directions=16, teacher=Training(steps=20))
+        train = DataLoader(task.train, batch_size=250)
+        both = zip(task.val.tensors, task.test.tensors, strict=True)
+        images, labels = (torch.cat(pair) for pair in both)
+        methods = {
+            "temperature scaling": TemperatureScaling(model, progress=False),
+            "ELLA": ELLA(model, eigenfunctions=neural, seed=seed, progress=False),
+        }
+        known = {
+            name: method.fit(train).evaluated(batches_of(images))
+            for name, method in methods.items()
+        }
+        return cls(known, labels.to(settings.device), len(task.val))
+
+    def nll(self, method: Evaluated) -> float:
+        """On the test examples."""
+        test = torch.arange(self.num_val, len(self.labels), device=self.labels.device)
+        return negative_log_likelihood(method.predict_proba([test]), self.labels[test])
+
+    def row(self, size: int, draws: int) -> dict[str, Any]:
+        """All draws of one size."""
+        generator = torch.Generator().manual_seed(size)
+        found: dict[str, list[float]] = {name: [] for name in self.methods}
+        for _ in range(draws if size < LARGE else max(1, draws // 2)):
+            rows = torch.randperm(self.num_val, generator=generator)[:size]
+            rows = rows.to(self.labels.device)
+            for name, method in self.methods.items():
+                tuned = method.copied().calibrate([(rows, self.labels[rows])])
+                found[name].append(self.nll(tuned))
+        plain = self.nll(self.methods["temperature scaling"].copied())
+        scaled, ella = (torch.tensor(found[name]) for name in self.methods)
+        difference = ella - scaled
+        return {
+            "size": size,
+            "draws": len(ella),
+            "nll_map": plain,
+            "nll_scaling": scaled.mean().item(),
+            "nll": ella.mean().item(),
+            "difference": difference.mean().item(),
+            "error": (difference.std() / len(difference) ** 0.5).item(),
+            "worst_scaling": (scaled.max() / plain).item(),
+            "worst": (ella.max() / plain).item(),
+        }
+
+
+def rows_of(problem: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """One problem, all sizes."""
+    known = Known.of(problem, settings)
+    for size in tqdm(SIZES, desc=problem):
+        if size <= known.num_val:
+            yield {"problem": problem, **known.row(size, settings.draws)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Paired differences in units of 10⁻⁴ nats, and the worst ratios, by problem and size."""
+    sizes = sorted({row["size"] for row in rows})
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    lines = ["| validation examples | " + " | ".join(map(str, sizes)) + " |"]
+    lines.append("| --- |" + " ---: |" * len(sizes))
+    for title, text in (
+        ("", lambda row: f"{1e4 * row['difference']:+.0f} ± {1e4 * row['error']:.0f}"),
+        (", worst / MAP", lambda row: f"{row['worst']:.2f} ({row['worst_scaling']:.2f})"),
+    ):
+        for problem in problems:
+            cells = {row["size"]: text(row) for row in rows if row["problem"] == problem}
+            columns = " | ".join(cells.get(size, "–") for size in sizes)
+            lines.append(f"| {problem}{title} | {columns} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, writing after each problem."""
+    settings = parsed(Settings, __doc__.splitlines()[0], argv)
+    torch.set_num_threads(settings.threads)
+    # That few examples determine little is what is measured here.
+    warnings.filterwarnings("ignore", "calibrate: ")
+    path = settings.out / "small-validation.json"
+    kept = recorded(settings, "root", "out", "problems")
+    rows = earlier_rows(path, kept, ("draws", "num_inputs", "num_sources", "smoke"))
+    done = {row["problem"] for row in rows}
+    for problem in settings.problems:
+        if problem not in done:
+            rows += rows_of(problem, settings)
+            save_results(path, kept, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
