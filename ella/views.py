@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -154,41 +155,52 @@ class Watch:
     is compared too.
 
     Attributes:
-        places: The dictionaries of modules, parameters and buffers, and what each held.
-        tensors: Parameters and buffers with memory, with where it begins and their versions.
+        owners: The dictionaries of modules, parameters and buffers of every module.
+        held: What was in them; kept, so that nothing new gets the identity of something old.
+        identities: Of what was in them, and where the memory of tensors began.
+        tensors: Parameters and buffers.
+        versions: Theirs.
         samples: By dtype and device, views of one entry of each parameter, and their values.
         fingerprint: Once it is computed.
     """
 
-    places: list[tuple[Mapping[str, object], list[object]]]
-    tensors: list[tuple[Tensor, int, int]]
+    owners: list[Mapping[str, object]]
+    held: list[object]
+    identities: list[int]
+    tensors: list[Tensor]
+    versions: list[int]
     samples: list[tuple[list[Tensor], Tensor]]
     fingerprint: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Watch":
         """As it is now."""
-        places: list[tuple[Mapping[str, object], list[object]]] = []
+        owners: list[Mapping[str, object]] = []
         for module in model.modules():
-            for owner in (module._modules, module._parameters, module._buffers):
-                places.append((owner, list(owner.values())))
-        held = [value for _, values in places for value in values if isinstance(value, Tensor)]
-        tensors = [(tensor, _address(tensor), _version(tensor)) for tensor in held]
-        return cls(places, tensors, _samples(held))
+            owners += (module._modules, module._parameters, module._buffers)
+        held = [value for owner in owners for value in owner.values()]
+        tensors = [value for value in held if isinstance(value, Tensor)]
+        identities = _identities(owners, tensors)
+        return cls(owners, held, identities, tensors, _versions(tensors), _samples(tensors))
 
     def same_tensors(self) -> bool:
         """Whether every module and tensor is where it was, and no other came."""
-        return all(
-            len(owner) == len(values)
-            and all(one is other for one, other in zip(owner.values(), values, strict=False))
-            for owner, values in self.places
-        ) and all(_address(tensor) == address for tensor, address, _ in self.tensors)
+        return _identities(self.owners, self.tensors) == self.identities
 
     def same_values(self) -> bool:
         """Whether no tensor was changed in place."""
-        return all(_version(tensor) == version for tensor, _, version in self.tensors) and all(
+        return _versions(self.tensors) == self.versions and all(
             torch.equal(torch.stack(views), values) for views, values in self.samples
         )
+
+
+def _identities(owners: list[Mapping[str, object]], tensors: list[Tensor]) -> list[int]:
+    held = map(id, chain.from_iterable(owner.values() for owner in owners))
+    return [*map(len, owners), *held, *(0 if t.is_meta else t.data_ptr() for t in tensors)]
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _samples(tensors: list[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
@@ -201,11 +213,3 @@ def _samples(tensors: list[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
                     largest = flat[int(flat.abs().argmax())]
                     groups.setdefault((tensor.dtype, tensor.device), []).append(largest)
         return [(views, torch.stack(views)) for views in groups.values()]
-
-
-def _address(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.data_ptr()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
