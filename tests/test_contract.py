@@ -30,6 +30,13 @@ from ella.baselines import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
 
+
+@pytest.fixture(autouse=True)
+def _needs_its_extra(request):
+    if "kind" in request.fixturenames and "laplace" in request.getfixturevalue("kind"):
+        pytest.importorskip("laplace", reason="needs the extra `baselines`")
+
+
 N, D = 40, 4
 QUIET = {"progress": False}
 SHORT = Training(steps=20, batch_size=16)

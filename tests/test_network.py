@@ -130,7 +130,8 @@ def in_eval_mode(model, x):
 
 
 def test_outputs_are_those_of_the_model_also_after_in_place_edits(model):
-    network, x = Network(model), make_inputs("mlp", 5)
+    network = Network(model)
+    x = make_inputs("mlp", 5).to(network.device)  # `DataParallel` moves its module to a GPU
     assert network._lock is None
     torch.testing.assert_close(network(x), in_eval_mode(model, x))
     before = network(x)
