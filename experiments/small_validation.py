@@ -10,7 +10,7 @@ of any draw, over that of the plain model.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +135,9 @@ def rows_of(problem: str, settings: Settings) -> Iterator[dict[str, Any]]:
             yield {"problem": problem, **known.row(size, settings.draws)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Paired differences in units of 10⁻⁴ nats, and the worst ratios, by problem and size."""
+    rows = results["rows"]
     sizes = sorted({row["size"] for row in rows})
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     lines = ["| validation examples | " + " | ".join(map(str, sizes)) + " |"]
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         if problem not in done:
             rows += rows_of(problem, settings)
             save_results(path, kept, rows)
-    print(table(rows))
+    print(table({"rows": rows}))
 
 
 if __name__ == "__main__":

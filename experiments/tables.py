@@ -27,6 +27,7 @@ from _report import (
     markdown_table,
 )
 from _study import TABLES, Study, draw
+from small_validation import table as small_validation_table
 
 FIGURE_METHODS = (
     "MAP",
@@ -35,7 +36,11 @@ FIGURE_METHODS = (
     "ELLA, NeuralEF",
     "ELLA, NeuralEF, factor",
 )
-WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {"uci": uci_table, "toy": toy_table}
+WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "uci": uci_table,
+    "toy": toy_table,
+    "small-validation": small_validation_table,
+}
 """Tables that are not one row for each method."""
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"

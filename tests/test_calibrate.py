@@ -67,7 +67,7 @@ def test_temperature_scaling_is_the_posterior_mean(n):
         [nn.functional.cross_entropy(prior.mean / t.exp(), prior.y, reduction="sum") for t in logs]
     )
     (mean,), evidence = moments([logs], density - nll + math.log(6 / 6000))
-    assert math.log(belief.mean.scale) == pytest.approx(mean, abs=0.003)
+    assert math.log(belief.mean.scale) == pytest.approx(mean, abs=0.006)
     assert belief.log_evidence == pytest.approx(evidence, abs=0.06)
     assert belief.mean.temperature == 0
 
