@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ella.inputs import Inputs, check_inputs, take
-from ella.views import Reader, View, Watch, fingerprint, shared_copy
+from ella.views import Reader, View, Watch, fingerprint, remembered, shared_copy
 
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 """Modules with a fast path that skips their parts, and with it the hooks of these."""
@@ -24,7 +24,8 @@ class Network:
     tensors, so nothing is stored twice, and weights changed in place are seen. Each call borrows a
     copy that no other call has meanwhile: threads do not meet, not even in modules that keep
     activations on themselves, and the user's own modules (modes, hooks, attributes, gradients) are
-    never touched. Python attributes and hooks are those of the time of the copy. Buffers that a
+    never touched; what a pass leaves on a copy is dropped. Attributes and hooks are those of the
+    time of the copy. Buffers that a
     forward pass changes in eval mode, such as counters, are copied for each call. Models wrapped
     by `torch.compile` or `DataParallel` are unwrapped.
 
@@ -45,6 +46,7 @@ class Network:
         self.model = unwrapped(model)
         self._free: list[View] = []
         self._changing: frozenset[str] | None = None
+        self._remembering: frozenset[str] = frozenset()
         self._lock: AbstractContextManager[Any] | None = None
         self._watch = Watch.of(self.model)
         self._look_again()
@@ -154,25 +156,29 @@ class Network:
         except IndexError:  # asking first would not be safe: another thread may take the last
             view = self._new_view()
         yield view
+        view.forget()
         # Not after an exception: who knows in what state it left the tree.
         if generation is self._generation:
             self._free.append(view)
 
     @torch.inference_mode(False)
     def _new_view(self) -> View:
-        return View.of(shared_copy(self.model), self.model, self._changing or frozenset())
+        module, remembering = shared_copy(self.model), self._remembering
+        return View.of(module, self.model, self._changing or frozenset(), remembering)
 
     def _find_changing(self, x: Inputs) -> None:
-        """Run one example with copies of all buffers, and see which of them it changes."""
-        names = frozenset(name for name, _ in self.model.named_buffers())
-        self._changing = frozenset()
-        if not names or self._lock is not None:
+        """Run one example with copies of all buffers, and see what it leaves on the modules."""
+        self._changing = self._remembering = frozenset()
+        if self._lock is not None:
             return
+        names = frozenset(name for name, _ in self.model.named_buffers())
         with torch.inference_mode(False), torch.no_grad(), self._attention():
             view = View.of(shared_copy(self.model), self.model, names)
             before = {name: own._version for name, own, _ in view.buffers}
+            attributes = [(n, m, dict(vars(m))) for n, m in view.module.named_modules()]
             called(view.module, take(x, slice(1)))
         self._changing = frozenset(n for n, own, _ in view.buffers if own._version != before[n])
+        self._remembering = frozenset(n for n, m, old in attributes if remembered(m, old))
         self._free = []
 
     def _attention(self) -> AbstractContextManager[Any]:

@@ -40,6 +40,18 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def remembered(module: nn.Module, before: Mapping[str, object]) -> list[str]:
+    """Attributes in which a pass left something larger than a number, such as activations."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not isinstance(value, PLAIN) and before.get(name) is not value
+    ]
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over module names and classes, and over names and values of all tensors."""
     digest = hashlib.sha256()
@@ -89,6 +101,7 @@ class View:
     Attributes:
         module: It.
         buffers: Name, copy and original of the buffers that are its own.
+        attributes: Modules that remember something of a pass, and what they held before.
         keeps_hooks: Whether hooks stay for the next call; not on the user's own modules.
         readers: What its hooks call now.
         hooked: Names of the modules that have a hook.
@@ -96,13 +109,27 @@ class View:
 
     module: nn.Module
     buffers: list[tuple[str, Tensor, Tensor]]
+    attributes: list[tuple[nn.Module, dict[str, object]]] = field(default_factory=list)
     keeps_hooks: bool = True
     readers: Mapping[str, Reader] = field(default_factory=dict)
     hooked: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, module: nn.Module, model: nn.Module, own: frozenset[str]) -> "View":
-        """A copy of `model` whose buffers of these names are copied, too."""
+    def of(
+        cls,
+        module: nn.Module,
+        model: nn.Module,
+        own: frozenset[str],
+        remembering: frozenset[str] = frozenset(),
+    ) -> "View":
+        """A copy of `model`.
+
+        Args:
+            module: The copy.
+            model: The original.
+            own: Names of buffers that are copied, too.
+            remembering: Names of modules whose attributes a pass changes.
+        """
         originals = dict(model.named_buffers())
         buffers = []
         for name in sorted(own):
@@ -110,7 +137,8 @@ class View:
             clone = originals[name].detach().clone()
             module.get_submodule(path)._buffers[last] = clone
             buffers.append((name, clone, originals[name]))
-        return cls(module, buffers)
+        modules = [module.get_submodule(name) for name in remembering]
+        return cls(module, buffers, [(each, dict(vars(each))) for each in modules])
 
     @classmethod
     def itself(cls, model: nn.Module) -> "View":
@@ -121,6 +149,13 @@ class View:
         """Give the buffers of its own the values of the originals."""
         for _, own, original in self.buffers:
             own.copy_(original)
+
+    def forget(self) -> None:
+        """Drop what a pass left on modules: activations would live until the next one."""
+        for module, before in self.attributes:
+            for name in remembered(module, before):
+                vars(module).pop(name)
+                vars(module).update({name: before[name]} if name in before else {})
 
     @contextmanager
     def read_by(self, readers: Mapping[str, Reader]) -> Iterator[None]:

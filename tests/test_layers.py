@@ -104,3 +104,27 @@ def test_public_names_exist():
 
     assert all(hasattr(ella, name) for name in ella.__all__)
     assert len(set(ella.__all__)) == len(ella.__all__)
+
+
+def functions():
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{path.relative_to(ROOT)}:{node.name}", node.end_lineno - node.lineno + 1
+
+
+def count(kind, name=None):
+    """Nodes of a kind in the package, with a name if one is given."""
+    trees = [ast.parse(path.read_text()) for path in ROOT.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
+    return len([node for node in nodes if name is None or getattr(node, "id", None) == name])
+
+
+def test_the_house_stays_small():
+    """What CONTRIBUTING.md promises readers: short functions, and types that say something."""
+    assert {name: lines for name, lines in functions() if lines > 50} == {}
+    lengths = {path.name: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+    assert count(ast.Name, "cast") <= 2
+    assert count(ast.Assert) <= 4
+    assert count(ast.Name, "Any") <= 45

@@ -185,8 +185,11 @@ def test_calls_that_read_do_not_see_each_other():
 
 def test_modules_that_remember_activations_keep_none_of_ours():
     model = Remembering().double()
-    Network(model)(make_inputs("mlp", 5))
-    assert not hasattr(model, "kept")
+    network = Network(model)
+    for _ in range(2):
+        network(make_inputs("mlp", 5))
+        assert not hasattr(model, "kept")
+        assert [hasattr(view.module, "kept") for view in network._free] == [False]
 
 
 def test_threads_do_not_meet():
