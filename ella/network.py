@@ -227,12 +227,42 @@ class DifferentiableAttention(TorchFunctionMode):
         """See `TorchFunctionMode`."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
+            return attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # The way that returns weights multiplies them out; the other calls a fused kernel.
             output, weights = func(*args, **{**kwargs, "need_weights": True})
             return output, weights if kwargs.get("need_weights", True) else None
         return func(*args, **kwargs)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` multiplied out.
+
+    Its fused kernels have no forward-mode derivative. Rows that may attend to nothing give 0.
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    alone = scores.isneginf().all(-1, keepdim=True)
+    weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

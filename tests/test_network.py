@@ -10,6 +10,7 @@ import torch
 from cases import CLASSES, NAMES, make_case, make_inputs, make_model
 from reference import call
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from ella.network import DifferentiableAttention, Network, unwrapped
@@ -370,6 +371,33 @@ def test_attention_by_formulas_is_attention(weights):
         found = attention(x, x, x, key_padding_mask=mask, need_weights=weights)
     torch.testing.assert_close(found[0], expected[0])
     assert (found[1] is None) == (not weights)
+
+
+MASK = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.6
+MASK[:, :, 2] = False  # may attend to nothing
+MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "bool": {"attn_mask": MASK},
+    "float": {"attn_mask": normal(2, 1, 5, 5, seed=1)},
+    "infinite": {"attn_mask": torch.zeros(MASK.shape).double().masked_fill(~MASK, -torch.inf)},
+    "groups": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
+def test_attention_is_that_of_torch(options):
+    """Also under names and orders of arguments, and with its gradient."""
+    heads = 2 if "enable_gqa" in options else 4
+    query = normal(2, 4, 5, 3).requires_grad_()
+    key, value = normal(2, heads, 5, 3, seed=2), normal(2, heads, 5, 3, seed=3)
+    expected = F.scaled_dot_product_attention(query, key, value, **options)
+    with DifferentiableAttention():
+        found = F.scaled_dot_product_attention(query, key=key, value=value, **options)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out.square().sum(), query)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_no_flag_of_the_process_is_ever_moved():
