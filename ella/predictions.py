@@ -3,6 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -206,11 +207,12 @@ class Predictive(ABC):
         """What the caller asks for, else what `calibrate` used, else 128 draws."""
         tuned = self.link or MonteCarlo(128, self.seed)
         draws = tuned.num_samples if isinstance(tuned, MonteCarlo) else 128
-        count = draws if n_samples is None else n_samples
-        if link is None and isinstance(tuned, MonteCarlo):
-            link = "mc"
-        asked = make_link(tuned if link is None else link, count, self.seed)
-        return self.likelihood.check_link(asked)
+        if link is not None:
+            count = draws if n_samples is None else n_samples
+            return self.likelihood.check_link(make_link(link, count, self.seed))
+        if n_samples is not None and isinstance(tuned, MonteCarlo):
+            return replace(tuned, num_samples=n_samples)
+        return self.likelihood.check_link(tuned)
 
     def _averages(self, x: Inputs | Loader, link: Link) -> Tensor:
         """The response averaged over the posterior, shape (n, c)."""

@@ -239,7 +239,8 @@ def model_and_data(n=400):
 
 
 @pytest.mark.parametrize(
-    ("link", "n_samples"), [("mc", 16), ("probit", 64), ("bridge", 64), (Probit(), 64)]
+    ("link", "n_samples"),
+    [("mc", 16), ("probit", 64), ("bridge", 64), (Probit(), 64), (MonteCarlo(8, seed=5), 64)],
 )
 def test_link_and_draws_of_calibrate_predict(link, n_samples):
     model, x, y = model_and_data()
@@ -255,6 +256,9 @@ def test_link_and_draws_of_calibrate_predict(link, n_samples):
     torch.testing.assert_close(ella.uncertainty(x).entropy, entropy)
     other = "probit" if link == "mc" else "mc"
     assert not torch.equal(ella.predict_proba(x, link=other), expected)
+    if isinstance(link, MonteCarlo):
+        more = ella.predict_proba(x, n_samples=99)
+        assert torch.equal(more, ella.predict_proba(x, link=MonteCarlo(99, seed=5)))
     if link == "mc":
         more = ella.predict_proba(x, n_samples=99)
         assert torch.equal(more, ella.predict_proba(x, link="mc", n_samples=99))

@@ -1,7 +1,9 @@
 """Files: what they hold, what they refuse, and that an old one is never lost."""
 
+import copy
 import json
 import os
+import pickle
 import stat
 from pathlib import Path
 
@@ -165,6 +167,18 @@ def test_a_kernel_sample_comes_back(path):
     # Only the layout in memory differs, and with it the order of sums.
     torch.testing.assert_close(one.factor @ one.factor.mT, two.factor @ two.factor.mT)
     torch.testing.assert_close(one.residual, two.residual)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("twice", [copy.deepcopy, lambda ella: pickle.loads(pickle.dumps(ella))])
+def test_copies_and_pickles_predict_the_same(method, twice):
+    ella = fitted(method).calibrate(LOADER)
+    twin = twice(ella)
+    assert torch.equal(twin.predict_proba(TEST), ella.predict_proba(TEST))
+    assert twin.model is not ella.model
+    with torch.no_grad():
+        ella.model[0].weight.add_(1)
+    twin.predict_proba(TEST)  # its weights are its own
 
 
 def test_an_all_frozen_model_is_served(path):
