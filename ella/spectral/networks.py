@@ -85,7 +85,8 @@ class ResidualMLP(nn.Module):
         known = {**settings, "shape": tuple(settings["shape"])}
         if not 0 <= known["depth"] <= MAX_DEPTH:
             raise ValueError(f"`depth` must lie in 0..{MAX_DEPTH}; got {known['depth']}")
-        with torch.device("meta"):
+        # On the meta device, too, some versions of torch draw first weights.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             network = cls(**known)
         for name, empty in network.state_dict().items():
             found = tensors.get(name)
@@ -112,6 +113,8 @@ def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None
     """A linear layer whose weights come from `generator` and leave the global RNG alone."""
     device = torch.get_default_device()
     layer = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs, device=device)
+    if layer.weight.is_meta:  # to be filled from a file
+        return layer
     with torch.no_grad():
         layer.weight.normal_(0, num_inputs**-0.5, generator=generator)
         layer.bias.zero_()
