@@ -25,9 +25,8 @@ class Network:
     copy that no other call has meanwhile: threads do not meet, not even in modules that keep
     activations on themselves, and the user's own modules (modes, hooks, attributes, gradients) are
     never touched; what a pass leaves on a copy is dropped. Attributes and hooks are those of the
-    time of the copy. Buffers that a
-    forward pass changes in eval mode, such as counters, are copied for each call. Models wrapped
-    by `torch.compile` or `DataParallel` are unwrapped.
+    time of the copy. Buffers that a forward pass changes in eval mode, such as counters, are
+    copied for each call. Models wrapped by `torch.compile` or `DataParallel` are unwrapped.
 
     A model that cannot be copied in this way, because it holds a lock or a file or has a
     `__deepcopy__` of its own that copies weights, is used itself, by one call at a time under a
@@ -168,8 +167,8 @@ class Network:
 
     def _find_changing(self, x: Inputs) -> None:
         """Run one example with copies of all buffers, and see what it leaves on the modules."""
-        self._changing = self._remembering = frozenset()
         if self._lock is not None:
+            self._changing = frozenset()
             return
         names = frozenset(name for name, _ in self.model.named_buffers())
         with torch.inference_mode(False), torch.no_grad(), self._attention():
@@ -177,9 +176,10 @@ class Network:
             before = {name: own._version for name, own, _ in view.buffers}
             attributes = [(n, m, dict(vars(m))) for n, m in view.module.named_modules()]
             called(view.module, take(x, slice(1)))
-        self._changing = frozenset(n for n, own, _ in view.buffers if own._version != before[n])
+        # `_changing` last: it tells other threads that all is known.
         self._remembering = frozenset(n for n, m, old in attributes if remembered(m, old))
-        self._free = []
+        self._generation, self._free = object(), []
+        self._changing = frozenset(n for n, own, _ in view.buffers if own._version != before[n])
 
     def _attention(self) -> AbstractContextManager[Any]:
         return DifferentiableAttention() if self._fused else nullcontext()
