@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Reader = Callable[[nn.Module, Any, Any], None]
 """A forward hook: `(module, positional arguments, output)`."""
@@ -30,7 +31,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
         Exception: Whatever copying an object that the model holds raises.
     """
     memo: dict[int, Any] = {id(held): held for held in _held_tensors(model)}
-    twin = copy.deepcopy(model, memo)
+    with _SharedTensors():
+        twin = copy.deepcopy(model, memo)
     pairs = zip(twin.parameters(), model.parameters(), strict=True)
     if twin is model or not all(one is other for one, other in pairs):
         raise TypeError("The copy does not share its parameters.")
@@ -50,6 +52,24 @@ def remembered(module: nn.Module, before: Mapping[str, object]) -> list[str]:
         for name, value in vars(module).items()
         if not isinstance(value, PLAIN) and before.get(name) is not value
     ]
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Tensors are their own copies.
+
+    So are those that another thread, a training step for example, puts on a module after
+    `_held_tensors` has gone through it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """See `TorchFunctionMode`."""
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -212,6 +212,28 @@ def test_threads_do_not_meet():
     assert not failures
 
 
+class Meanwhile:
+    """While it is copied, the module that holds it gets a tensor with a graph."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __deepcopy__(self, memo):
+        self.module.history.append(self.module.weight * 2)
+        return self
+
+
+def test_a_model_that_gets_tensors_while_it_is_copied_is_copied():
+    """As from a training step in another thread: they are shared, like all others."""
+    model, x = nn.Linear(4, CLASSES).double(), make_inputs("mlp", 3)
+    model.meanwhile, model.history = Meanwhile(model), []
+    twin = shared_copy(model)
+    assert twin.history[0] is model.history[0]
+    network = Network(model)
+    assert network._lock is None
+    assert torch.equal(network(x), in_eval_mode(model, x))
+
+
 @pytest.mark.parametrize(
     "change",
     [
