@@ -71,12 +71,10 @@ class Belief:
     Attributes:
         mean: At the posterior means of log δ, log T and the log scale.
         log_evidence: log ∫ likelihood × hyperprior, in nats.
-        at_edge: Whether the best δ lies at an end of the grid.
     """
 
     mean: Point
     log_evidence: float
-    at_edge: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ class Search:
     MAP is the centre of the hyperprior) are two models, chosen by their evidence.
 
     Measured on published CIFAR-10 networks and the digits (experiments/README.md): best points
-    cost more than they bring below 100 examples.
+    cost more than they bring below 100 examples, and wide hyperpriors let ten examples, one of
+    them classified wrong, raise the test score of a good network by a fifth.
 
     Attributes:
         gaussian_at: δ ↦ Gaussian over the outputs of the validation inputs.
@@ -127,7 +126,7 @@ class Search:
             map_nll=map_nll,
             scaled_nll=scaled.mean.nll,
             num_examples=self.num_examples,
-            edges=self._edges(chosen),
+            edges=self._edges(chosen.mean, precisions),
         )
 
     @property
@@ -170,7 +169,7 @@ class Search:
                 lattice += [((float(i), *logs), weight + log_prior) for logs, weight in around]
         evidence = _log_sum(lattice) - prior.log_normaliser - self._log_normaliser(precisions)
         point = self._point(_means(lattice), precisions, step)
-        return Belief(point, evidence, best in (0, len(precisions) - 1))
+        return Belief(point, evidence)
 
     def _modes(
         self, precisions: list[float], prior: "_Hyperprior"
@@ -221,12 +220,24 @@ class Search:
         width = math.log(precisions[-1] / precisions[0])
         return math.log(min(spread * math.sqrt(2 * math.pi), max(width, 1.0)))
 
-    def _edges(self, chosen: Belief) -> tuple[str, ...]:
-        """Hyperparameters that the validation data alone would put at an end of the search."""
-        found = ["prior_precision"] if chosen.at_edge and chosen.mean.temperature > 0 else []
-        losses = self.likelihood.losses(self.gaussian_at(chosen.mean.precision), self.y, self.link)
-        ends = (self.initial_scale * math.exp(sign * REACH) for sign in (-1, 1))
-        if any(losses(0.0, end).mean().item() <= chosen.mean.nll for end in ends):
+    def _edges(self, chosen: Point, precisions: list[float]) -> tuple[str, ...]:
+        """Hyperparameters that the validation data alone would put at an end of the search.
+
+        The hyperprior keeps its means away from there, so that it is the likelihood that is
+        asked: is it no worse at an end of one of them, the others being as chosen?
+        """
+        found, low, high = [], math.exp(-REACH), math.exp(REACH)
+        if chosen.temperature > 0:
+            temperature, scale = math.log(chosen.temperature), math.log(chosen.scale)
+            ends = (self._nll_at(precisions[i])((temperature, scale)) for i in (0, -1))
+            if any(end <= chosen.nll for end in ends):
+                found.append("prior_precision")
+            nll = self._nll_at(chosen.precision)
+            if any(nll((end, scale)) <= chosen.nll for end in (-REACH, REACH)):
+                found.append("temperature")
+        losses = self.likelihood.losses(self.gaussian_at(chosen.precision), self.y, self.link)
+        ends = (losses(0.0, self.initial_scale * end).mean().item() for end in (low, high))
+        if any(end <= chosen.nll for end in ends):
             found.append(self.likelihood.scale)
         return tuple(found)
 

@@ -1,12 +1,13 @@
 """How few validation examples are enough? ELLA against temperature scaling, both tuned on them.
 
     python experiments/small_validation.py
-    python experiments/small_validation.py --problems resnet20 resnet32 resnet44 --root $ELLA_DATA
+    python experiments/small_validation.py --problems mlp-0 resnet20 resnet44 --root $ELLA_DATA
 
 Each method is fitted and evaluated once; then both are tuned on the same draws of validation
 examples and scored on the same test examples. A row tells, over all draws, the mean NLL of both,
 the mean paired difference with its standard error (below zero: ELLA is better), and the worst NLL
-of any draw, over that of the plain model.
+of any draw, over that of the plain model. Figures that end in _wide are those of a wider
+hyperprior, on the same draws.
 """
 
 import warnings
@@ -20,17 +21,32 @@ from _given import batches_of
 from _models import TRAINING, DigitsNet, checkpoint_path, load_model, train_classifier
 from _report import earlier_rows, save_results
 from _settings import OnDevice, option, parsed, recorded
-from torch import Tensor
-from torch.utils.data import DataLoader
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from ella import ELLA, Evaluated, NeuralEF, Training
+from ella import ELLA, Categorical, Evaluated, NeuralEF, Nystrom, Training
 from ella.baselines import TemperatureScaling
+from ella.likelihoods import Spreads
 from ella.metrics import negative_log_likelihood
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 LARGE = 500
 """From this size on fewer draws are made: they differ less, and take longer."""
+SPLIT = (slice(200), slice(200, 700), slice(700, None))
+"""Of all ten digits: to train the README's classifier, to draw from, to test."""
+WIDE = Spreads(1.0, 0.5, 0.2)
+
+
+class WideCategorical(Categorical):
+    """Classes, with a hyperprior that ten examples can move too far."""
+
+    spreads = WIDE
+
+
+LIKELIHOODS = {"": Categorical(), "_wide": WideCategorical()}
+"""By what the names of their figures end in."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class Settings(OnDevice):
     """What the script can be asked for.
 
     Attributes:
-        problems: "digits-SEED", or a published CIFAR-10 network.
+        problems: "digits-SEED"; "mlp-SEED", the README's, with Nyström; "underfit-SEED", the same
+            trained too briefly to be sure of itself; or a published CIFAR-10 network.
         draws: Of validation examples, for each size.
         num_inputs: Images that NeuralEF learns from (CIFAR-10).
         num_sources: Training images that G comes from (CIFAR-10).
@@ -50,6 +67,58 @@ class Settings(OnDevice):
     num_inputs: int = option(3000, "images that NeuralEF learns from (CIFAR-10)")
     num_sources: int = option(5000, "training images that G comes from (CIFAR-10)")
     threads: int = option(1, "CPU threads")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A classifier, and what ELLA needs for it.
+
+    Attributes:
+        model: The classifier.
+        data: To train, to draw from, and to test.
+        eigenfunctions: How ELLA finds them.
+    """
+
+    model: nn.Module
+    data: tuple[TensorDataset, TensorDataset, TensorDataset]
+    eigenfunctions: NeuralEF | Nystrom
+
+    @classmethod
+    def named(cls, name: str, settings: Settings) -> "Problem":
+        """See `Settings.problems`."""
+        kind, _, number = name.partition("-")
+        if kind in ("mlp", "underfit"):
+            return cls._mlp(int(number), underfit=kind == "underfit")
+        if kind == "digits":
+            task = load_task("digits", None, int(number))
+            net = DigitsNet(task.num_classes)
+            model = train_classifier(net, task.train, int(number), **TRAINING["digits"])
+            neural = NeuralEF(num_inputs=3000, num_directions=128, teacher=Training(steps=1000))
+        else:
+            sizes = {"num_val": 3000, "num_test": 4000}
+            task = load_task("cifar10", settings.root, 0, num_train=settings.num_sources, **sizes)
+            model = load_model(name, checkpoint_path(name, data_root(settings.root)))
+            neural = NeuralEF(num_inputs=settings.num_inputs)
+        if settings.smoke:
+            neural = NeuralEF(4, num_inputs=60, num_directions=16, teacher=Training(steps=20))
+        return cls(model.to(settings.device), (task.train, task.val, task.test), neural)
+
+    @classmethod
+    def _mlp(cls, seed: int, *, underfit: bool) -> "Problem":
+        """The README's classifier, on 200 digits of ten classes."""
+        x, y = load_digits(return_X_y=True)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        x, y = torch.tensor(x)[order].float() / 16, torch.tensor(y)[order]
+        train, val, test = (TensorDataset(x[rows], y[rows]) for rows in SPLIT)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(40 if underfit else 100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(train.tensors[0]), train.tensors[1]).backward()
+            optimizer.step()
+        return cls(model, (train, val, test), Nystrom(64, len(train)))
 
 
 @dataclass(frozen=True)
@@ -69,32 +138,19 @@ class Known:
     @classmethod
     def of(cls, problem: str, settings: Settings) -> "Known":
         """Train or load the classifier; fit both methods."""
-        if problem.startswith("digits"):
-            seed = int(problem.partition("-")[2])
-            task = load_task("digits", None, seed)
-            net = DigitsNet(task.num_classes)
-            model = train_classifier(net, task.train, seed, **TRAINING["digits"])
-            neural = NeuralEF(num_inputs=3000, num_directions=128, teacher=Training(steps=1000))
-        else:
-            seed, sizes = 0, {"num_val": 3000, "num_test": 4000}
-            task = load_task("cifar10", settings.root, 0, num_train=settings.num_sources, **sizes)
-            path = checkpoint_path(problem, data_root(settings.root))
-            model = load_model(problem, path).to(settings.device)
-            neural = NeuralEF(num_inputs=settings.num_inputs)
-        if settings.smoke:
-            neural = NeuralEF(4, num_inputs=60, num_directions=16, teacher=Training(steps=20))
-        train = DataLoader(task.train, batch_size=250)
-        both = zip(task.val.tensors, task.test.tensors, strict=True)
+        found = Problem.named(problem, settings)
+        train, val, test = found.data
+        both = zip(val.tensors, test.tensors, strict=True)
         images, labels = (torch.cat(pair) for pair in both)
         methods = {
-            "temperature scaling": TemperatureScaling(model, progress=False),
-            "ELLA": ELLA(model, eigenfunctions=neural, seed=seed, progress=False),
+            "temperature scaling": TemperatureScaling(found.model, progress=False),
+            "ELLA": ELLA(found.model, eigenfunctions=found.eigenfunctions, progress=False),
         }
         known = {
-            name: method.fit(train).evaluated(batches_of(images))
+            name: method.fit(DataLoader(train, batch_size=250)).evaluated(batches_of(images))
             for name, method in methods.items()
         }
-        return cls(known, labels.to(settings.device), len(task.val))
+        return cls(known, labels.to(settings.device), len(val))
 
     def nll(self, method: Evaluated) -> float:
         """On the test examples."""
@@ -103,25 +159,34 @@ class Known:
 
     def row(self, size: int, draws: int) -> dict[str, Any]:
         """All draws of one size."""
+        plain = self.nll(self.methods["temperature scaling"].copied())
+        count = draws if size < LARGE else max(1, draws // 2)
+        row: dict[str, Any] = {"size": size, "draws": count, "nll_map": plain}
+        for suffix, likelihood in LIKELIHOODS.items():
+            figures = self._figures(size, count, likelihood, plain)
+            row |= {name + suffix: value for name, value in figures.items()}
+        return row
+
+    def _figures(
+        self, size: int, draws: int, likelihood: Categorical, plain: float
+    ) -> dict[str, float]:
         generator = torch.Generator().manual_seed(size)
         found: dict[str, list[float]] = {name: [] for name in self.methods}
-        for _ in range(draws if size < LARGE else max(1, draws // 2)):
+        for _ in range(draws):
             rows = torch.randperm(self.num_val, generator=generator)[:size]
             rows = rows.to(self.labels.device)
             for name, method in self.methods.items():
-                tuned = method.copied().calibrate([(rows, self.labels[rows])])
+                tuned = method.copied()
+                tuned.likelihood = likelihood
+                tuned.calibrate([(rows, self.labels[rows])])
                 found[name].append(self.nll(tuned))
-        plain = self.nll(self.methods["temperature scaling"].copied())
         scaled, ella = (torch.tensor(found[name]) for name in self.methods)
         difference = ella - scaled
         return {
-            "size": size,
-            "draws": len(ella),
-            "nll_map": plain,
             "nll_scaling": scaled.mean().item(),
             "nll": ella.mean().item(),
             "difference": difference.mean().item(),
-            "error": (difference.std() / len(difference) ** 0.5).item(),
+            "error": (difference.std() / len(difference) ** 0.5).item() if draws > 1 else 0.0,
             "worst_scaling": (scaled.max() / plain).item(),
             "worst": (ella.max() / plain).item(),
         }
@@ -145,6 +210,8 @@ def table(results: Mapping[str, Any]) -> str:
     for title, text in (
         ("", lambda row: f"{1e4 * row['difference']:+.0f} ± {1e4 * row['error']:.0f}"),
         (", worst / MAP", lambda row: f"{row['worst']:.2f} ({row['worst_scaling']:.2f})"),
+        (", worst / MAP, wider hyperprior", lambda row: f"{row['worst_wide']:.2f}"),
+        (", NLL − wider's", lambda row: f"{1e4 * (row['nll'] - row['nll_wide']):+.0f}"),
     ):
         for problem in problems:
             cells = {row["size"]: text(row) for row in rows if row["problem"] == problem}

@@ -223,11 +223,39 @@ def test_the_other_end_is_reported_too(digits):
         method.calibrate([(x[:27], wrong)])
 
 
-def test_a_precision_at_the_end_of_the_grid_is_reported():
-    prior = Prior(3000, sharpness=8)
-    prior.y = prior.mean.argmax(1)  # certain: any variance hurts
-    tuning = prior.search().run(precision_grid(1.0))
-    assert tuning.hyperparameters.temperature == 0 or "prior_precision" in tuning.edges
+@pytest.mark.parametrize(("sharpness", "certain"), [(8, True), (0.3, False)])
+def test_a_variance_at_either_end_is_reported(sharpness, certain):
+    """Labels for which any variance hurts, or for which none is enough: δ and T alike."""
+    prior = Prior(60, sharpness=sharpness)
+    prior.mean = sharpness * prior.mean
+    prior.y = prior.mean.argmax(1) if certain else prior.mean.argmin(1)
+    search = prior.search()
+    grid = precision_grid(1.0)
+    found = search._edges(search.with_posterior(grid).mean, grid)
+    assert {"prior_precision", "temperature"} <= set(found)
+
+
+def test_nothing_is_reported_where_the_data_settle_it():
+    prior = Prior(4000)
+    tuning = prior.search(MonteCarlo(64)).run(precision_grid(1.0))
+    assert tuning.hyperparameters.temperature > 0
+    assert tuning.edges == ()
+
+
+def test_one_misclassified_example_in_ten_moves_the_variance_little():
+    """A hyperprior twice as wide lets it multiply the variance by 5."""
+    mean = 10 * nn.functional.one_hot(torch.arange(10) % C, C).double()
+    y = torch.arange(10) % C
+    y[0] = 1
+    factor = normal(10, C, K) / K**0.5
+
+    def gaussian_at(precision):
+        return LogitGaussian(mean, factor / precision**0.5)
+
+    grid = precision_grid(1.0)
+    point = Search(gaussian_at, Categorical(), y, MonteCarlo(64)).with_posterior(grid).mean
+    assert 1 < point.temperature / point.precision < 2
+    assert 1 < point.scale < 1.3
 
 
 # What predicts is what was tuned

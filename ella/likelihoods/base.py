@@ -26,9 +26,11 @@ class Spreads:
         scale: Of the log scale, around where it starts.
     """
 
-    precision: float = 1.0
-    temperature: float = 0.5
-    scale: float = 0.2
+    # Chosen for logits on digits, small MLPs and ResNet-20. Twice as wide, one misclassified
+    # example in ten moves the variance of the logits by a factor of 4.
+    precision: float = 0.5
+    temperature: float = 0.25
+    scale: float = 0.15
 
 
 class Likelihood(ABC):
