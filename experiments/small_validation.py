@@ -12,7 +12,7 @@ hyperprior, on the same draws.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from ella import ELLA, Categorical, Evaluated, NeuralEF, Nystrom, Training
 from ella.baselines import TemperatureScaling
-from ella.likelihoods import Spreads
 from ella.metrics import negative_log_likelihood
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -36,13 +35,12 @@ LARGE = 500
 """From this size on fewer draws are made: they differ less, and take longer."""
 SPLIT = (slice(200), slice(200, 700), slice(700, None))
 """Of all ten digits: to train the README's classifier, to draw from, to test."""
-WIDE = Spreads(1.0, 0.5, 0.2)
 
 
 class WideCategorical(Categorical):
     """Classes, with a hyperprior that ten examples can move too far."""
 
-    spreads = WIDE
+    spreads = replace(Categorical.spreads, precision=1.0, temperature=0.5, scale=0.2)
 
 
 LIKELIHOODS = {"": Categorical(), "_wide": WideCategorical()}
