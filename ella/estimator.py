@@ -1,52 +1,31 @@
 """`ELLA`: the stages in order, from a trained model to calibrated predictions."""
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ella.batches import Loader, Split
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
-from ella.formats import KINDS, upgraded
+from ella.fitted import Fit
+from ella.formats import KINDS, given_or_saved, upgraded
 from ella.hyperparameters import Hyperparameters, Tuning
-from ella.inputs import Inputs, Loader, check_positive, labelled
+from ella.inputs import Inputs, check_positive, slices, take
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.network import Network
-from ella.posterior import GaussianPosterior, LaplaceEvaluation, TrainingSums, accumulate
+from ella.outputs import Output
+from ella.posterior import LaplaceEvaluation, TrainingSums, accumulate
 from ella.predictions import NotFittedError
 from ella.predictive import Link, LogitGaussian
 from ella.predictor import Predictor
-from ella.saving import DAMAGE, Json, State, custom_names, describe, read, rebuild, write
+from ella.saving import DAMAGE, Json, State, describe, read, rebuild, write
+from ella.wrappers import clean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Everything `fit` makes; replaced as a whole, so a failed call changes nothing.
-
-    Attributes:
-        eigenfunctions: φ and R.
-        sums: Over the training data.
-        posterior: What `sums.curvature` makes.
-        trainable: Names of the weights that were linearized.
-    """
-
-    eigenfunctions: Eigenfunctions
-    sums: TrainingSums
-    posterior: GaussianPosterior
-    trainable: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, eigenfunctions: Eigenfunctions, sums: TrainingSums, trainable: tuple[str, ...]
-    ) -> "Fit":
-        """With the posterior that follows."""
-        posterior = GaussianPosterior.from_curvature(sums.curvature)
-        return cls(eigenfunctions, sums, posterior, trainable)
 
 
 class ELLA(Predictor):
@@ -70,8 +49,13 @@ class ELLA(Predictor):
         logit_temperature: τ, divides the logits.
         noise_variance: Shorthand for `likelihood=Normal(noise_variance)`.
         residual: Shorthand for the `residual` of `eigenfunctions`.
+        output: Where the logits are in what the model returns: a name, an index or a function;
+            None is the obvious guess (`find_logits`).
+        split: `batch` ↦ `(x, y)`, for loaders whose batches are unusual; None is `split_batch`.
         seed: Seed of everything random; the same seed gives the same result.
         progress: Whether to show progress bars.
+        positions: Of outputs for every position, the most rows of one example that `fit` and
+            `calibrate` look at.
         memory_budget: Bytes that one Jacobian product may take (`Linearized`).
 
     Raises:
@@ -93,6 +77,9 @@ class ELLA(Predictor):
         logit_temperature: float = 1.0,
         noise_variance: float | None = None,
         residual: str | None = None,
+        output: Output = None,
+        split: Split | None = None,
+        positions: int = 64,
         seed: int = 0,
         progress: bool = True,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -101,6 +88,8 @@ class ELLA(Predictor):
             model,
             likelihood=likelihood,
             noise_variance=noise_variance,
+            output=output,
+            split=split,
             seed=seed,
             progress=progress,
         )
@@ -118,6 +107,7 @@ class ELLA(Predictor):
         self.temperature = temperature
         self.logit_temperature = logit_temperature
         self.memory_budget = memory_budget
+        self.positions = positions
         self._fit: Fit | None = None
 
     @property
@@ -151,10 +141,11 @@ class ELLA(Predictor):
                 fewer than k directions.
         """
         linearized = Linearized(self.network, memory_budget=self.memory_budget)
-        self._check_first_batch(train_loader)
-        found = self.eigenfunctions.fit(
-            linearized, train_loader, seed=self.seed, progress=self.progress
-        )
+        with self._labelled_batches(train_loader).named() as batches:
+            self._check_first_batch(batches)
+            found = self.eigenfunctions.fit(
+                linearized, batches, seed=self.seed, progress=self.progress
+            )
         sums = self._sums(found, train_loader)
         fit = Fit.of(found, sums, linearized.trainable)
         precision = self.prior_precision
@@ -242,6 +233,8 @@ class ELLA(Predictor):
         eigenfunctions: EigenfunctionMethod | None = None,
         likelihood: Likelihood | None = None,
         link: Link | None = None,
+        output: Output = None,
+        split: Split | None = None,
         progress: bool = True,
     ) -> "ELLA":
         """Read what `save` wrote, in this version or before. Nothing in the file is executed.
@@ -250,8 +243,10 @@ class ELLA(Predictor):
             path: The file.
             model: The same trained model as when it was saved.
             eigenfunctions: Needed only if a custom network, objective or augmentation was used.
-            likelihood: Needed only if it is not one of ella's.
-            link: Needed only if `calibrate` was given one that is not ella's.
+            likelihood: Needed only if it, as `link` and `output`, is not one of ella's.
+            link: See `likelihood`.
+            output: See `likelihood`, and the constructor.
+            split: Needed only for unusual loaders; no file holds it.
             progress: Whether to show progress bars.
 
         Raises:
@@ -262,8 +257,7 @@ class ELLA(Predictor):
         where = os.fspath(path)
         format_found, state = read(path)
         try:
-            if format_found == 1:
-                state = upgraded(state, network)
+            state = upgraded(state, network) if format_found == 1 else state
             fingerprint = state.text("fingerprint")
         except DAMAGE as error:
             raise ValueError(f"{where!r} is damaged: {error}.") from error
@@ -273,9 +267,10 @@ class ELLA(Predictor):
                 f"modules and weights differ. Load the weights it was fitted with first."
             )
         try:
-            given = {"likelihood": likelihood, "eigenfunctions": eigenfunctions, "link": link}
-            parts = {name: _part(state, name, value) for name, value in given.items()}
-            ella = cls._configured(state, model, parts, progress)
+            given: dict[str, Any] = {"likelihood": likelihood, "eigenfunctions": eigenfunctions}
+            given |= {"link": link, "output": output}
+            parts = {name: given_or_saved(state, name, value) for name, value in given.items()}
+            ella = cls._configured(state, model, parts, progress, split)
             ella._restore(state.to(network.device), parts["link"])
         except DAMAGE as error:
             raise ValueError(f"{where!r} cannot be loaded: {error}.") from error
@@ -283,7 +278,12 @@ class ELLA(Predictor):
 
     @classmethod
     def _configured(
-        cls, state: State, model: nn.Module, parts: Mapping[str, Any], progress: bool
+        cls,
+        state: State,
+        model: nn.Module,
+        parts: Mapping[str, Any],
+        progress: bool,
+        split: Split | None,
     ) -> "ELLA":
         """An object with the settings of the one that was saved."""
         options = state.part("options")
@@ -292,6 +292,9 @@ class ELLA(Predictor):
             model,
             likelihood=parts["likelihood"],
             eigenfunctions=parts["eigenfunctions"],
+            output=parts["output"],
+            split=split,
+            positions=options.settings.get("positions", cls.positions),
             prior_precision=None if precision is None else options.number("prior_precision"),
             temperature=options.number("temperature"),
             logit_temperature=options.number("logit_temperature"),
@@ -303,30 +306,13 @@ class ELLA(Predictor):
     def _restore(self, state: State, link: Link | None) -> None:
         """Everything that was fitted and tuned."""
         settings = state.settings
-        trainable = tuple(str(name) for name in state.list("trainable"))
-        own = self.network.trainable
-        if own and set(own) != set(trainable):  # all frozen is how models are deployed
-            raise ValueError(
-                f"it was fitted with other trainable weights: {_difference(own, trainable)}. Set "
-                f"requires_grad as it was"
-            )
-        found = self.eigenfunctions.restore(
-            self.network,
-            state.part("fitted"),
-            trainable=trainable,
-            memory_budget=self.memory_budget,
-        )
-        sums = TrainingSums.restore(state.part("sums"))
-        if len(sums.curvature) != found.rank:
-            raise ValueError(
-                f"its curvature is of rank {len(sums.curvature)}, its eigenfunctions {found.rank}"
-            )
+        fit = Fit.restore(self.network, self.eigenfunctions, state, self.memory_budget)
         chosen = rebuild(settings["hyperparameters"], KINDS)
         tuning = rebuild(settings["tuning"], KINDS)
         for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
             if not (isinstance(value, kind) or (value is None and kind is not Hyperparameters)):
                 raise ValueError(f"{value!r} is no {kind.__name__}")
-        self._fit = Fit.of(found, sums, trainable)
+        self._fit = fit
         self._set_fitted(chosen)
         self.tuning, self.link = tuning, link
 
@@ -338,13 +324,15 @@ class ELLA(Predictor):
             "logit_temperature": self.logit_temperature,
             "seed": self.seed,
             "memory_budget": self.memory_budget,
+            "positions": self.positions,
         }
         return State.joined(
             {"fitted": fit.eigenfunctions.state(), "sums": fit.sums.state()},
             fingerprint=self.network.fingerprint(),
-            trainable=list(fit.trainable),
+            trainable=[clean(name) for name in fit.trainable],
             likelihood=describe(self.likelihood),
             eigenfunctions=describe(self.eigenfunctions),
+            output=describe(self.network.output),
             options=options,
             hyperparameters=describe(self._require_fitted()),
             tuning=describe(self.tuning),
@@ -356,34 +344,20 @@ class ELLA(Predictor):
         return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
 
     def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader) -> TrainingSums:
-        pairs = self._progress_over(labelled(loader, self._device), "curvature")
-        return accumulate(((eigenfunctions(x), y) for x, y in pairs), self.likelihood)
+        """Over all data; a sample of positions stands for all of them."""
+        view = self._sampled_rows()
+        with self._batches(loader, view).named() as batches:
+            pairs = self._progress_over(batches.labelled(), "curvature")
+            parts = (
+                (eigenfunctions(take(x, part)), y[part])
+                for x, y in pairs
+                for part in slices(len(y), self._piece_size(x))
+            )
+            sums = accumulate(parts, self.likelihood)
+        return sums if view.share == 1 else sums.scaled(1 / view.share)
 
     def _fitted(self) -> Fit:
         self._require_fitted()
         if self._fit is None:
             raise NotFittedError("This ELLA is not fitted. Call ELLA.fit(train_loader) first.")
         return self._fit
-
-
-def _part(state: State, name: str, given: object) -> Any:  # noqa: ANN401 - checked by its user
-    """What the caller gives, or what a file says.
-
-    Raises:
-        ValueError: If the file cannot say it, and the caller does not.
-    """
-    description = state.settings[name]
-    if given is not None:
-        return given
-    if found := custom_names(description, name):
-        raise ValueError(
-            f"it was made with a custom {' and a custom '.join(found)}, which no file holds. Pass "
-            f"`{name}=` with the same object"
-        )
-    return rebuild(description, KINDS)
-
-
-def _difference(own: Iterable[str], fitted: Iterable[str]) -> str:
-    """Some of the names that are in one of the two alone."""
-    names = sorted(set(own) ^ set(fitted))
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,16 +1,11 @@
 """A method on one data set that it has gone through once."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ella.inputs import Inputs
 from ella.predictions import Predictive
 from ella.predictive import Evaluation
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluated(Predictive):

@@ -12,7 +12,7 @@ from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Normal
 from ella.network import Network
 from ella.predictive import LaplaceBridge, MonteCarlo, Probit
-from ella.saving import State, describe
+from ella.saving import State, custom_names, describe, rebuild
 from ella.spectral import NestedLoRA, NeuralEFObjective, TraceObjective, Training
 
 KINDS: dict[str, Callable[..., Any]] = {
@@ -91,3 +91,20 @@ def old_fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def given_or_saved(state: State, name: str, given: object) -> Any:  # noqa: ANN401 - checked by its user
+    """What the caller gives, or what a file says.
+
+    Raises:
+        ValueError: If the file cannot say it, and the caller does not.
+    """
+    description = state.settings.get(name) if name == "output" else state.settings[name]
+    if given is not None:
+        return given
+    if found := custom_names(description, name):
+        raise ValueError(
+            f"it was made with a custom {' and a custom '.join(found)}, which no file holds. Pass "
+            f"`{name}=` with the same object"
+        )
+    return rebuild(description, KINDS)

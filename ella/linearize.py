@@ -1,33 +1,28 @@
 """Jacobian products of a trained model with respect to its weights."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
 
+from ella.derivatives import Functional, Parameters, Plain, is_out_of_memory
 from ella.inputs import (
     Inputs,
     check_inputs,
-    input_tensors,
+    example_shape,
     map_inputs,
     num_examples,
     slices,
     take,
 )
-from ella.network import DifferentiableAttention, Network, called
+from ella.network import Network
+
+log = logging.getLogger("ella")
 
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes of working memory that one Jacobian product may take (1 GiB)."""
-
-Forward = Callable[[Mapping[str, Tensor], Inputs], Tensor]
-"""Outputs (n, c) at given values of the trainable parameters."""
-
-FORWARD_MODE = threading.Lock()
-"""torch counts the levels of forward-mode differentiation for the whole process, not by thread."""
 
 
 class Linearized:
@@ -36,13 +31,16 @@ class Linearized:
     BatchNorm uses its running statistics, and γ, β count as weights; dropout is off. Attention is
     differentiated by formulas that forward mode supports (`DifferentiableAttention`).
 
-    Rows of the Jacobian are computed for several examples at once by `torch.vmap`; a model that
-    refuses it (its forward pass branches on values, as Hugging Face models do on their attention
-    mask) is run one example after the other instead.
+    Each kind of product is first tried by `torch.func`, vmapped over examples or tangents, and
+    compared with ordinary autograd on one example. A model that refuses it (its forward pass
+    branches on values, it has an LSTM, activation checkpoints, an old `autograd.Function`, writes
+    into its inputs, ...), or that gives something else, is differentiated by ordinary autograd,
+    one example and one output after the other. The choice is made once and logged.
 
     All products work in chunks so that the memory they need beyond their result stays within
     `memory_budget`, estimated as (bytes that autograd keeps for one example, plus one gradient
     where one is needed per example) × chunk; a chunk is never smaller than one example or tangent.
+    Where a device has less memory left than that, chunks are halved until they fit.
 
     Args:
         network: The model. One that is no `Network` yet becomes one.
@@ -64,8 +62,11 @@ class Linearized:
     ) -> None:
         self.network = network if isinstance(network, Network) else Network(network)
         self.memory_budget = memory_budget
-        self.trainable = self.network.trainable if trainable is None else trainable
-        self._probed: dict[tuple, _Probe] = {}
+        self.trainable = (
+            self.network.trainable if trainable is None else self.network.named(trainable)
+        )
+        self._probed: dict[tuple[object, ...], _Probe] = {}
+        self._routes: dict[str, Functional | Plain] = {}
         if not self.trainable:
             raise ValueError(
                 "`model` has no trainable parameter, so it has no Jacobian. Set "
@@ -73,7 +74,7 @@ class Linearized:
             )
         self._names = _all_names(self.network.model, self.trainable)
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> Parameters:
         """The trainable parameters, by name, sharing memory with the model."""
         return self.network.parameters(self.trainable)
 
@@ -89,8 +90,13 @@ class Linearized:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the network, used for all products."""
-        return self.network.dtype
+        """The dtype of the results: the network's, or float32 for half precision."""
+        return self.network.wide
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the Jacobian."""
+        return self.num_parameters * self.dtype.itemsize
 
     def flat_parameters(self) -> Tensor:
         """θ, shape (p,): the trainable weights one after the other."""
@@ -100,6 +106,7 @@ class Linearized:
         """Outputs f(x) of shape (n, c); see `Network`."""
         return self.network(x)
 
+    @torch.inference_mode(False)
     def jvp(self, x: Inputs, tangents: Tensor) -> Tensor:
         r"""Products J(x) v_j with k tangents, which share one primal pass per chunk.
 
@@ -112,19 +119,14 @@ class Linearized:
         """
         x, n = self._admit(x)
         self._check_width("tangents", tangents)
-        parameters = self.parameters()
-        directions = unflatten(tangents, parameters)
-        size, chunk = self._chunks(x, n)
+        parameters, tangents = self.parameters(), tangents.to(self.network.dtype)
+        route, (size, chunk) = self._route("jvp", x), self._chunks(x, n)
+        parts = _halving(
+            lambda part: route.jvp(take(x, part), parameters, tangents, chunk), n, size
+        )
+        return torch.cat([found.to(self.dtype) for _, found in parts])
 
-        def products(forward: Forward, part: Inputs) -> Tensor:
-            def product(direction: dict[str, Tensor]) -> Tensor:
-                return jvp(lambda p: forward(p, part), (parameters,), (direction,))[1]
-
-            return vmap(product, chunk_size=chunk, out_dims=-1)(directions)
-
-        with FORWARD_MODE, self._forward() as forward:
-            return torch.cat([products(forward, take(x, part)) for part in slices(n, size)])
-
+    @torch.inference_mode(False)
     def vjp(self, x: Inputs, cotangents: Tensor) -> Tensor:
         r"""Sums over the examples :math:`\sum_i J(x_i)^\top u_{ij}`, for k cotangents each.
 
@@ -136,30 +138,32 @@ class Linearized:
             Shape (k, p).
         """
         x, n = self._admit(x)
-        parameters = self.parameters()
-        size, chunk = self._chunks(x, n)
+        parameters, given = self.parameters(), cotangents.to(self.network.dtype)
+        route, (size, chunk) = self._route("vjp", x), self._chunks(x, n)
         sums = cotangents.new_zeros(cotangents.shape[-1], self.num_parameters)
-        with self._forward() as forward:
-            for part in slices(n, size):
-                inputs = take(x, part)
-                _, pullback, *_ = vjp(lambda p, x=inputs: forward(p, x), parameters)
-                (gradients,) = vmap(pullback, in_dims=-1, chunk_size=chunk)(cotangents[part])
-                sums += flatten(gradients)
+        for _, found in _halving(
+            lambda part: route.vjp(take(x, part), parameters, given[part], chunk), n, size
+        ):
+            sums += found
         return sums
 
+    @torch.inference_mode(False)
     def row_gradients(self, x: Inputs, outputs: Tensor) -> Tensor:
-        """One row of the Jacobian per example: ∂f(x_i)[outputs_i]/∂θ.
+        """Some rows of the Jacobian of each example: ∂f(x_i)[outputs_ij]/∂θ.
 
         Args:
             x: n examples.
-            outputs: The chosen output of each example, shape (n,).
+            outputs: The chosen output of each example, shape (n,), or several, shape (n, q).
 
         Returns:
-            Shape (n, p); that is all the memory needed beyond one chunk.
+            Shape (n, p) or (n, q, p); that is all the memory needed beyond one chunk.
         """
-        one_hot = nn.functional.one_hot(outputs, self.num_outputs(x)).to(self.dtype)
-        return self._rows(x, one_hot.unsqueeze(1)).squeeze(1)
+        chosen = outputs if outputs.ndim == 2 else outputs.unsqueeze(1)
+        one_hot = nn.functional.one_hot(chosen, self.num_outputs(x)).to(self.dtype)
+        found = self._rows(x, one_hot)
+        return found if outputs.ndim == 2 else found.squeeze(1)
 
+    @torch.inference_mode(False)
     def jacobian(self, x: Inputs) -> Tensor:
         """J(x) of shape (n, c, p): the caller keeps n·c·p small (see `jacobian_chunks`)."""
         c = self.num_outputs(x)
@@ -170,54 +174,71 @@ class Linearized:
         """Jacobians of as many examples at a time as fit half of the memory budget.
 
         Yields:
-            The slice of examples and their J, shape (chunk, c, p).
+            The slice of examples and their J, shape (chunk, c, p); at least one example.
         """
-        row_bytes = self.num_outputs(x) * self.num_parameters * self.dtype.itemsize
+        row_bytes = self.num_outputs(x) * self.row_bytes
         size = max(1, self.memory_budget // 2 // row_bytes)
         for part in slices(num_examples(x), size):
             yield part, self.jacobian(take(x, part))
+
+    def over_rows(
+        self, x: Inputs, function: Callable[[Tensor], Tensor], outputs: Tensor | None = None
+    ) -> Tensor:
+        """A function of rows of the Jacobian, in the memory of one chunk of them.
+
+        Where the rows of one example exceed half of the budget, they come a few at a time.
+
+        Args:
+            x: n examples.
+            function: From rows (i, j, p) to (i, j, ...): each row by itself.
+            outputs: The rows of each example, shape (n, q); None takes all c.
+
+        Returns:
+            Shape (n, q, ...), or (n, c, ...).
+        """
+        n = num_examples(x)
+        if outputs is None:
+            every = torch.arange(self.num_outputs(x), device=self.device)
+            outputs = every.expand(n, len(every))
+        fitting = max(1, self.memory_budget // 2 // self.row_bytes)
+        q = outputs.shape[1]
+        found = []
+        for part in slices(n, max(1, fitting // q)):
+            some = take(x, part)
+            groups = (outputs[part, group] for group in slices(q, min(q, fitting)))
+            parts = [function(self.row_gradients(some, group)) for group in groups]
+            found.append(torch.cat(parts, dim=1))
+        return torch.cat(found)
 
     def kernel_blocks(self, x: Inputs) -> Tensor:
         """κ(x_i, x_i) = J(x_i) J(x_i)ᵀ, shape (n, c, c), in the memory of one Jacobian chunk."""
         return torch.cat([jacobian @ jacobian.mT for _, jacobian in self.jacobian_chunks(x)])
 
     def kernel_diagonal(self, x: Inputs) -> Tensor:
-        """The diagonal of κ(x_i, x_i), shape (n, c), in the memory of one Jacobian chunk."""
-        return torch.cat([jacobian.square().sum(-1) for _, jacobian in self.jacobian_chunks(x)])
+        """The diagonal of κ(x_i, x_i), shape (n, c), in the memory of one chunk of rows."""
+        return self.over_rows(x, lambda rows: rows.square().sum(-1))
 
     def num_outputs(self, x: Inputs) -> int:
         """c, the number of outputs for inputs like `x`."""
         return self._probe(x).num_outputs
 
+    @torch.inference_mode(False)
     def _rows(self, x: Inputs, cotangents: Tensor) -> Tensor:
         """Rows u_ijᵀ J(x_i) for cotangents u of shape (n, m, c); shape (n, m, p)."""
-        x, _ = self._admit(x)
-        if not self._probe(x).takes_vmap:
-            return self._rows_in_turn(x, cotangents)
-        parameters = self.parameters()
-        m, row_bytes = cotangents.shape[1], self.num_parameters * self.dtype.itemsize
-        chunk = max(1, self.memory_budget // (m * (2 * self._probe(x).kept_bytes + row_bytes)))
-
-        with self._forward() as forward:
-
-            def rows(cotangent: Tensor, example: Inputs) -> Tensor:
-                _, pullback, *_ = vjp(lambda p: _of_one(forward, p, example), parameters)
-                (gradients,) = vmap(pullback)(cotangent)
-                return flatten(gradients)
-
-            return vmap(rows, chunk_size=chunk)(cotangents, x)
-
-    def _rows_in_turn(self, x: Inputs, cotangents: Tensor) -> Tensor:
-        """`_rows`, one example and one cotangent at a time, written straight into the result."""
-        parameters = self.parameters()
-        found = cotangents.new_empty(*cotangents.shape[:2], self.num_parameters)
-        with self._forward() as forward:
-            for i, rows in enumerate(found):
-                example = take(x, slice(i, i + 1))
-                _, pullback, *_ = vjp(lambda p, x=example: forward(p, x), parameters)
-                for cotangent, row in zip(cotangents[i], rows, strict=True):
-                    (gradients,) = pullback(cotangent.unsqueeze(0))
-                    torch.cat([g.reshape(-1) for g in gradients.values()], out=row)
+        x, n = self._admit(x)
+        parameters, m = self.parameters(), cotangents.shape[1]
+        route, given = self._route("rows", x), cotangents.to(self.network.dtype)
+        if isinstance(route, Plain):
+            return route.rows(x, parameters, given).to(self.dtype)
+        bytes_each = m * (2 * self._probe(x).kept_bytes + self.row_bytes)
+        size = max(1, self.memory_budget // bytes_each)
+        if n <= size:  # nothing to join
+            return route.rows(x, parameters, given).to(self.dtype)
+        found = cotangents.new_empty(n, m, self.num_parameters, dtype=self.dtype)
+        for part, rows in _halving(
+            lambda part: route.rows(take(x, part), parameters, given[part]), n, size
+        ):
+            found[part] = rows
         return found
 
     def _admit(self, x: Inputs) -> tuple[Inputs, int]:
@@ -226,63 +247,84 @@ class Linearized:
         with torch.inference_mode(False):
             return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
 
-    @contextmanager
-    def _forward(self) -> Iterator["Forward"]:
-        """The network as a function of its trainable parameters and the inputs."""
-        with self.network.borrowed() as module, DifferentiableAttention():
-
-            def forward(parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
-                state = {
-                    alias: parameters[name]
-                    for name, aliases in self._names.items()
-                    for alias in aliases
-                }
-                state |= self.network.changing_buffers(module)
-                return called(
-                    lambda *args, **keywords: functional_call(
-                        module, state, args, keywords, tie_weights=False
-                    ),
-                    x,
-                )
-
-            yield forward
-
     def _chunks(self, x: Inputs, n: int) -> tuple[int, int]:
         """How many examples, and how many (co)tangents over them, one product may carry."""
         activations = max(1, self._probe(x).kept_bytes)
         size = min(n, max(1, self.memory_budget // (2 * activations)))
         return size, max(1, self.memory_budget // (activations * size))
 
+    # How to differentiate this model
+
+    @torch.inference_mode(False)
     def _probe(self, x: Inputs) -> "_Probe":
         """What one example says about all inputs of its shape."""
-        key = tuple((tuple(t.shape[1:]), t.dtype) for t in input_tensors(x))
+        key = example_shape(x)
         if key not in self._probed:
             one, _ = self._admit(take(x, slice(1)))
-            c = self(one).shape[1]
-            parameters = {name: p.requires_grad_() for name, p in self.parameters().items()}
-            weights = {p.data_ptr() for p in parameters.values()}
-            kept: dict[int, int] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                if tensor.data_ptr() not in weights:
-                    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-                return tensor
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            with self._forward() as forward, torch.enable_grad(), hooks:
-                forward(parameters, one)
-            self._probed[key] = _Probe(c, sum(kept.values()), self._takes_vmap(one))
+            self._probed[key] = _Probe(self(one).shape[1], self._kept_bytes(one))
         return self._probed[key]
 
-    def _takes_vmap(self, x: Inputs) -> bool:
-        """Whether the forward pass can be batched by `vmap`."""
-        parameters = self.parameters()
+    def _kept_bytes(self, x: Inputs) -> int:
+        plain = Plain(self.network, self._names)
+        weights = {p.data_ptr() for p in self.network.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            plain.outputs(x, self.parameters())
+        return sum(kept.values())
+
+    def _route(self, product: str, x: Inputs) -> Functional | Plain:
+        """What computes a kind of product: tried once for each model."""
+        if product not in self._routes:
+            x = take(x, slice(2))
+            plain = Plain(self.network, self._names)
+            functional = Functional(self.network, self._names)
+            reason = self._refusal(product, functional, plain, x)
+            self._routes[product] = functional if reason is None else plain
+            if reason is not None:
+                log.info("%s: by autograd, one example at a time: %s", product, reason)
+        return self._routes[product]
+
+    def _refusal(
+        self, product: str, functional: Functional, plain: Plain, x: Inputs
+    ) -> str | None:
+        """Why `torch.func` cannot compute a kind of product, or None if it can."""
         try:
-            with self._forward() as forward:
-                vmap(lambda example: _of_one(forward, parameters, example))(x)
-        except RuntimeError:  # all that vmap raises; an error of the model's own comes again
-            return False
-        return True
+            found = self._sample_of(product, functional, x)
+        except Exception as error:  # anything may be raised in the user's forward pass
+            if is_out_of_memory(error):
+                raise
+            self._sample_of("rows", plain, x)  # an error of the model's own comes again
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        expected = self._sample_of("rows", plain, x)
+        tolerance = 1e3 * torch.finfo(self.network.dtype).eps
+        apart = (found - expected).abs().max()
+        if not bool(apart <= tolerance * expected.abs().max().clamp_min(1e-30)):
+            return "its products differ from those of autograd"
+        return None
+
+    def _sample_of(self, product: str, route: Functional | Plain, x: Inputs) -> Tensor:
+        """uᵀJ(x)v for each example, one output u and one random tangent v, by each product."""
+        n, c = num_examples(x), self.num_outputs(x)
+        parameters, dtype = self.parameters(), self.network.dtype
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.num_parameters, generator=generator).to(self.device, dtype)
+        u = nn.functional.one_hot(torch.arange(n) % c, c).to(self.device, dtype)
+        if product == "jvp":
+            found = route.jvp(x, parameters, v.unsqueeze(0), 1).squeeze(-1)
+            return (found * u).sum(-1).float()
+        if product == "vjp":
+            each = (slice(i, i + 1) for i in range(n))
+            gradients = [
+                route.vjp(take(x, i), parameters, u[i].unsqueeze(-1), 1).squeeze(0) for i in each
+            ]
+            return torch.stack(gradients).float() @ v.float()
+        return route.rows(x, parameters, u.unsqueeze(1)).squeeze(1).float() @ v.float()
 
     def _check_width(self, name: str, tangents: Tensor) -> None:
         if tangents.ndim != 2 or tangents.shape[1] != self.num_parameters:
@@ -292,9 +334,48 @@ class Linearized:
             )
 
 
-def _of_one(forward: Forward, parameters: Mapping[str, Tensor], example: Inputs) -> Tensor:
-    """Outputs (c,) of one example without its batch axis."""
-    return forward(parameters, map_inputs(example, lambda t: t.unsqueeze(0))).squeeze(0)
+class _Probe(NamedTuple):
+    """What `Linearized` must know about inputs of one shape.
+
+    Attributes:
+        num_outputs: c.
+        kept_bytes: What autograd keeps for the backward pass of one example.
+    """
+
+    num_outputs: int
+    kept_bytes: int
+
+
+def _halving(
+    product: Callable[[slice], Tensor], n: int, size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """A product of n examples, `size` at a time, or half of that where memory runs out.
+
+    Raises:
+        MemoryError: If there is not enough for one example.
+    """
+    start = 0
+    while start < n:
+        part = slice(start, min(start + size, n))
+        try:
+            found = product(part)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError(
+                    "There is not enough memory for the derivative of one example. Free some, or "
+                    "freeze weights (requires_grad=False) that need no uncertainty."
+                ) from error
+        else:
+            yield part, found
+            start = part.stop
+            continue
+        # Outside of the handler, whose traceback keeps the failed product's tensors.
+        size = (part.stop - part.start + 1) // 2
+        log.info("out of memory: going on with %d examples at a time", size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _all_names(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, list[str]]:
@@ -313,32 +394,3 @@ def _all_names(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, list[s
             if id(tensor) in first:
                 names[first[id(tensor)]].append(f"{path}.{name}" if path else name)
     return names
-
-
-class _Probe(NamedTuple):
-    """What `Linearized` must know about inputs of one shape.
-
-    Attributes:
-        num_outputs: c.
-        kept_bytes: What autograd keeps for the backward pass of one example.
-        takes_vmap: Whether the model's forward pass can be batched by `vmap`.
-    """
-
-    num_outputs: int
-    kept_bytes: int
-    takes_vmap: bool
-
-
-def flatten(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Concatenate (k, *shape) tensors into (k, p)."""
-    return torch.cat([g.reshape(len(g), -1) for g in gradients.values()], dim=1)
-
-
-def unflatten(tangents: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Views of a (k, p) tensor with the shapes (k, *shape) of the parameters: no copy."""
-    sizes = [p.numel() for p in parameters.values()]
-    parts = tangents.split(sizes, dim=1)
-    return {
-        name: part.reshape(len(part), *p.shape)
-        for (name, p), part in zip(parameters.items(), parts, strict=True)
-    }

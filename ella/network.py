@@ -1,20 +1,27 @@
 """A private view of the trained model: called by everything, seen by nobody else."""
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from ella.inputs import Inputs, check_inputs, take
+from ella.attention import FUSED, DifferentiableAttention
+from ella.inputs import (
+    Inputs,
+    Rows,
+    check_inputs,
+    example_shape,
+    input_tensors,
+    map_inputs,
+    take,
+)
+from ella.outputs import Layout, Output, as_rows, check_output, find_logits
 from ella.views import Reader, View, Watch, fingerprint, remembered, shared_copy
-
-FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
-"""Modules with a fast path that skips their parts, and with it the hooks of these."""
+from ella.wrappers import clean, unwrapped
 
 
 class Network:
@@ -26,37 +33,43 @@ class Network:
     activations on themselves, and the user's own modules (modes, hooks, attributes, gradients) are
     never touched; what a pass leaves on a copy is dropped. Attributes and hooks are those of the
     time of the copy. Buffers that a forward pass changes in eval mode, such as counters, are
-    copied for each call. Models wrapped by `torch.compile` or `DataParallel` are unwrapped.
+    copied for each call. Wrappers such as `torch.compile` and `DataParallel` are taken off.
+
+    Outputs with positions, (n, positions, c) or (n, c, height, width), are read row by row: such a
+    network is called with `Rows`. Half precision is widened to float32 in what it returns.
 
     A model that cannot be copied in this way, because it holds a lock or a file or has a
     `__deepcopy__` of its own that copies weights, is used itself, by one call at a time under a
     lock; modes and hooks are put back after each.
 
     Args:
-        model: Maps x to outputs (n, c), or to an object with such a `.logits`.
+        model: Maps x to outputs (n, c), or to something that holds them.
+        output: Where they are in what it returns; None is the obvious guess (`find_logits`).
 
     Raises:
-        TypeError: If `model` is not an `nn.Module`.
+        TypeError: If `model` is no `nn.Module`, or one that cannot be differentiated, or `output`
+            says nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.")
+    def __init__(self, model: nn.Module, *, output: Output = None) -> None:
+        check_output(output)
         self.model = unwrapped(model)
+        self.output = output
         self._free: list[View] = []
+        self._plain: Layout | None = None
         self._changing: frozenset[str] | None = None
         self._remembering: frozenset[str] = frozenset()
         self._lock: AbstractContextManager[Any] | None = None
         self._watch = Watch.of(self.model)
         self._look_again()
 
-    def __getstate__(self) -> dict[str, nn.Module]:
+    def __getstate__(self) -> dict[str, Any]:
         """The user's model alone; copies and what was noticed are made anew."""
-        return {"model": self.model}
+        return {"model": self.model, "output": self.output}
 
-    def __setstate__(self, state: dict[str, nn.Module]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        vars(self).update(vars(Network(state["model"])))
+        vars(self).update(vars(Network(state["model"], output=state["output"])))
 
     # What it is
 
@@ -74,6 +87,24 @@ class Network:
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter, or buffer."""
         return self._first_tensor().dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of everything computed of its outputs: its dtype, or float32 for half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What real inputs should be: the dtype of its weights; None if they have several."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    def named(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Its own names of parameters and modules; compiled or not, they are called the same."""
+        parameters = (name for name, _ in self.model.named_parameters())
+        modules = (name for name, _ in self.model.named_modules())
+        own = {clean(name): name for name in (*parameters, *modules)}
+        return tuple(own.get(clean(name), name) for name in names)
 
     def parameters(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The parameters of these names, sharing memory with the model."""
@@ -102,28 +133,67 @@ class Network:
         """Outputs f(x) of shape (n, c).
 
         Args:
-            x: n examples.
+            x: n examples, or n rows of a network with positions.
             readers: By module name, what is called each time after that module ran.
 
         Raises:
             TypeError: If the model does not return a tensor of outputs.
             ValueError: If `x` is bad (`check_inputs`), the outputs are not (n, c), or not finite.
         """
-        n = check_inputs(x, self.device)
-        if self._changing is None:
-            self._find_changing(x)
-        with self.borrowed(readers) as module, self._attention():
-            outputs = called(module, x)
-        if outputs.ndim != 2 or len(outputs) != n:
+        inputs = x.inputs if isinstance(x, Rows) else x
+        n = check_inputs(inputs, self.device)
+        self._learn_from(inputs)
+        with self.borrowed(readers) as module, self.attention():
+            outputs = as_rows(called(module, self.own(inputs), self.output), x)
+        rows = len(x.position) if isinstance(x, Rows) else n
+        if outputs.ndim != 2 or len(outputs) != rows:
             raise ValueError(
                 f"`model` must return outputs of shape (n, c) with n = {n}; got "
-                f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module."
+                f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module, or say with "
+                f"`output=` which are the logits."
             )
-        if not torch.isfinite(outputs).all():
+        # One sum says whether all is finite; only a sum that overflowed needs a closer look.
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if not outputs.sum().isfinite() and not torch.isfinite(outputs).all():
             raise ValueError(
                 "`model` returned NaN or infinite logits. Check its weights and the input scale."
             )
         return outputs
+
+    def own(self, x: Inputs) -> Inputs:
+        """The inputs, copied if the model would write into them."""
+        return map_inputs(x, Tensor.clone) if self._overwrites else x
+
+    def layout(self, x: Inputs) -> Layout:
+        """Which axes the outputs for such inputs have; one example is run for each new shape."""
+        if self._plain is not None:
+            return self._plain
+        key = example_shape(x)
+        if key not in self._layouts:
+            x = x.inputs if isinstance(x, Rows) else x
+            self._learn_from(x)
+            with self.borrowed() as module, self.attention():
+                outputs = called(module, self.own(take(x, slice(1))), self.output)
+            self._layouts[key] = found = Layout.of(outputs)
+            if not found.positions:
+                self._plain = found
+        return self._layouts[key]
+
+    def working_bytes(self, x: Inputs) -> int:
+        """What the model needs to compute one example: four times the largest activation."""
+        key = example_shape(x)
+        if key not in self._working:
+            sizes = [0]
+
+            def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+                if isinstance(output, Tensor):
+                    sizes.append(output.numel() * output.element_size())
+
+            readers = {name: read for name, _ in self.model.named_modules() if name}
+            # Apart, as hooks on every module would stay on the copies of this network.
+            Network(self.model, output=self.output)(take(x, slice(1)), readers)
+            self._working[key] = 4 * max(sizes)
+        return self._working[key]
 
     @contextmanager
     def borrowed(self, readers: Mapping[str, Reader] | None = None) -> Iterator[nn.Module]:
@@ -165,23 +235,32 @@ class Network:
         module, remembering = shared_copy(self.model), self._remembering
         return View.of(module, self.model, self._changing or frozenset(), remembering)
 
+    def _learn_from(self, x: Inputs) -> None:
+        """See once what a pass changes."""
+        if self._changing is None:
+            self._find_changing(x)
+
     def _find_changing(self, x: Inputs) -> None:
         """Run one example with copies of all buffers, and see what it leaves on the modules."""
         if self._lock is not None:
-            self._changing = frozenset()
+            self._changing, self._overwrites = frozenset(), True
             return
         names = frozenset(name for name, _ in self.model.named_buffers())
-        with torch.inference_mode(False), torch.no_grad(), self._attention():
+        with torch.inference_mode(False), torch.no_grad(), self.attention():
             view = View.of(shared_copy(self.model), self.model, names)
             before = {name: own._version for name, own, _ in view.buffers}
             attributes = [(n, m, dict(vars(m))) for n, m in view.module.named_modules()]
-            called(view.module, take(x, slice(1)))
+            one = map_inputs(take(x, slice(1)), Tensor.clone)
+            versions = [tensor._version for tensor in input_tensors(one)]
+            called(view.module, one, self.output)
+        self._overwrites = versions != [tensor._version for tensor in input_tensors(one)]
         # `_changing` last: it tells other threads that all is known.
         self._remembering = frozenset(n for n, m, old in attributes if remembered(m, old))
         self._generation, self._free = object(), []
         self._changing = frozenset(n for n, own, _ in view.buffers if own._version != before[n])
 
-    def _attention(self) -> AbstractContextManager[Any]:
+    def attention(self) -> AbstractContextManager[Any]:
+        """What attention of the model needs to run under: its fast path skips hooks."""
         return DifferentiableAttention() if self._fused else nullcontext()
 
     # What may happen to the user's model meanwhile
@@ -199,6 +278,10 @@ class Network:
         self._generation = object()
         self._free = []
         self._changing = None
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._plain = None
+        self._working: dict[tuple[object, ...], int] = {}
+        self._overwrites = True
         self._lock = None if _can_be_copied(self.model) else threading.RLock()
         self._fused = any(isinstance(module, FUSED) for module in self.model.modules())
 
@@ -210,91 +293,31 @@ class Network:
         return torch.zeros(())
 
 
-class DifferentiableAttention(TorchFunctionMode):
-    """Attention by formulas that forward mode and `vmap` support, in this thread alone.
-
-    Under any such mode torch's transformer layers leave their fast path, which has no derivative
-    and skips hooks. `torch.backends.mha` and `sdpa_kernel` would do the same for all threads.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """See `TorchFunctionMode`."""
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            # The way that returns weights multiplies them out; the other calls a fused kernel.
-            output, weights = func(*args, **{**kwargs, "need_weights": True})
-            return output, weights if kwargs.get("need_weights", True) else None
-        return func(*args, **kwargs)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` multiplied out.
-
-    Its fused kernels have no forward-mode derivative. Rows that may attend to nothing give 0.
-    """
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (each.repeat_interleave(groups, -3) for each in (key, value))
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    alone = scores.isneginf().all(-1, keepdim=True)
-    weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
-    return F.dropout(weights, dropout_p) @ value
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What is inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def called(module: Callable[..., Any], x: Inputs) -> Tensor:
+def called(module: Callable[..., Any], x: Inputs, output: Output = None) -> Tensor:
     """The module's tensor of outputs, before its shape is checked.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is none, or the module takes other arguments.
     """
-    if isinstance(x, Tensor):
-        outputs = module(x)
-    elif isinstance(x, Mapping):
-        outputs = module(**x)
-    else:
-        outputs = module(*x)
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
+    if isinstance(x, Mapping):
+        _check_arguments(module, x)
+        return find_logits(module(**x), output)
+    if isinstance(x, tuple):
+        return find_logits(module(*x), output)
+    return find_logits(module(x), output)
+
+
+def _check_arguments(module: Callable[..., Any], x: Mapping[str, Any]) -> None:
+    if not isinstance(module, nn.Module):
+        return
+    parameters = inspect.signature(module.forward).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return
+    if unknown := sorted(set(x) - set(parameters)):
         raise TypeError(
-            f"`model` must return a tensor of outputs, or an object with `.logits`; got "
-            f"{type(outputs).__name__}. Wrap it in a module that returns the logits."
+            f"The model's forward takes no {', '.join(map(repr, unknown))}, which the inputs "
+            f"hold; it takes {', '.join(map(repr, parameters))}. Leave them out with `split=`."
         )
-    return outputs
 
 
 def _can_be_copied(model: nn.Module) -> bool:

@@ -64,6 +64,15 @@ class TrainingSums:
             self.num_examples + other.num_examples,
         )
 
+    def scaled(self, factor: float) -> "TrainingSums":
+        """The sums over `factor` times as many examples that are like these."""
+        return TrainingSums(
+            self.curvature * factor,
+            self.statistics * factor,
+            self.prior_variance * factor,
+            round(self.num_examples * factor),
+        )
+
     def state(self) -> State:
         """What `restore` takes."""
         numbers = {"prior_variance": self.prior_variance, "num_examples": self.num_examples}

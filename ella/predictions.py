@@ -2,17 +2,28 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.batches import Batches, Loader
 from ella.calibrate import Search, precision_grid
 from ella.hyperparameters import Hyperparameters, Tuning
-from ella.inputs import Inputs, Loader, check_inputs, labelled, unlabelled
+from ella.inputs import (
+    Collated,
+    Inputs,
+    as_inputs,
+    check_inputs,
+    is_array,
+    num_examples,
+    slices,
+    take,
+)
 from ella.likelihoods import Discrete, Likelihood
 from ella.predictive import Evaluation, Link, LogitGaussian, MonteCarlo, make_link
 from ella.scores import Uncertainty
@@ -93,8 +104,8 @@ class Predictive(ABC):
         if not self._tunable:
             return self
         chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
-        evaluation, y = self._evaluate_loader(val_loader)
-        y = self.likelihood.check(y, evaluation.logits.shape[1])
+        with self._labelled_batches(val_loader).named() as batches:
+            evaluation, y = self._evaluate_loader(batches)
         if self.likelihood.num_counted(y) == 0:
             raise ValueError("No label of the validation data counts: all are ignored.")
         noise = self.likelihood.scale == "noise_variance"
@@ -138,17 +149,21 @@ class Predictive(ABC):
 
     def predict(self, x: Inputs | Loader) -> Tensor:
         """The most probable class, shape (n,); for regression the mean output, shape (n, c)."""
-        return self.likelihood.decide(self._averages(x, self._chosen_link()))
+        return self._averages(x, self._chosen_link(), self.likelihood.decide)
 
     def gaussian(self, x: Inputs | Loader) -> LogitGaussian:
         """The Gaussian over the outputs, in factors: never (n, c, c) unless asked.
 
-        Every score and every link is a function of it.
+        Every score and every link is a function of it. Of a model with an output for every
+        position, n counts positions, example by example.
         """
         return LogitGaussian.joined(list(self._gaussians(x)))
 
     def logits(self, x: Inputs | Loader) -> tuple[Tensor, Tensor]:
-        """Mean (n, c) and covariance (n, c, c) of the Gaussian over the logits (outputs)."""
+        """Mean (n, c) and covariance (n, c, c) of the Gaussian over the logits (outputs).
+
+        Of a model with an output for every position, n counts positions, example by example.
+        """
         gaussian = self.gaussian(x)
         return gaussian.mean, gaussian.covariance()
 
@@ -175,15 +190,20 @@ class Predictive(ABC):
         """
         chosen, epistemic = self._require_fitted(), self._epistemic()
         found_link, scale = self._chosen_link(link, n_samples), chosen.scale(self.likelihood)
-        parts = []
-        for inputs in self._input_batches(x):
+
+        def scores(inputs: Inputs) -> Uncertainty:
             evaluation = self._evaluate_at(inputs, epistemic.unit_precision(self.likelihood))
             wide = epistemic.gaussian(evaluation.gaussian, self.likelihood)
             used = wide
             if epistemic is not chosen:  # T = 0: the mean alone
                 mean = evaluation.logits / chosen.logit_temperature
                 used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0))
-            parts.append(self.likelihood.uncertainty(used, wide, found_link, scale))
+            return self.likelihood.uncertainty(used, wide, found_link, scale)
+
+        parts = []
+        for inputs in self._input_batches(x):
+            found = Uncertainty.joined([scores(piece) for piece in self._pieces(inputs)])
+            parts.append(found.each(partial(self._laid_out, inputs=inputs)))
         return Uncertainty.joined(parts)
 
     @property
@@ -214,32 +234,84 @@ class Predictive(ABC):
             return replace(tuned, num_samples=n_samples)
         return self.likelihood.check_link(tuned)
 
-    def _averages(self, x: Inputs | Loader, link: Link) -> Tensor:
-        """The response averaged over the posterior, shape (n, c)."""
-        if self._require_fitted().temperature == 0:  # no posterior: links only approximate
-            return torch.cat([self.likelihood.response(g.mean, -1) for g in self._gaussians(x)])
-        return torch.cat([self.likelihood.predictive(g, link) for g in self._gaussians(x)])
+    def _averages(
+        self, x: Inputs | Loader, link: Link, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The response averaged over the posterior, shape (n, c), or what follows from it."""
+        certain = self._require_fitted().temperature == 0  # no posterior: links only approximate
 
-    def _gaussians(self, x: Inputs | Loader) -> Iterable[LogitGaussian]:
-        """The final Gaussian over the outputs, batch by batch."""
-        chosen = self._require_fitted()
+        def average(gaussian: LogitGaussian) -> Tensor:
+            if certain:
+                return self.likelihood.response(gaussian.mean, -1)
+            return self.likelihood.predictive(gaussian, link)
+
+        found = []
         for inputs in self._input_batches(x):
-            evaluation = self._evaluate_at(inputs, chosen.unit_precision(self.likelihood))
+            rows = torch.cat([average(gaussian) for gaussian in self._gaussians_of(inputs)])
+            found.append(self._laid_out(rows if then is None else then(rows), inputs))
+        return torch.cat(found)
+
+    def _gaussians(self, x: Inputs | Loader) -> Iterator[LogitGaussian]:
+        """The final Gaussian over the outputs, piece by piece."""
+        for inputs in self._input_batches(x):
+            yield from self._gaussians_of(inputs)
+
+    def _gaussians_of(self, inputs: Inputs) -> Iterator[LogitGaussian]:
+        chosen = self._require_fitted()
+        for piece in self._pieces(inputs):
+            evaluation = self._evaluate_at(piece, chosen.unit_precision(self.likelihood))
             yield chosen.gaussian(evaluation.gaussian, self.likelihood)
 
-    def _input_batches(self, x: Inputs | Loader) -> Iterable[Inputs]:
-        if isinstance(x, (Tensor, tuple, Mapping)):
-            check_inputs(x, self._device)
-            yield x
-        else:
-            yield from self._progress_over(unlabelled(x, self._device), "predict")
+    # What comes in
 
-    def _evaluate_loader(self, loader: Loader) -> tuple[Evaluation, Tensor]:
-        """Evaluations of a whole loader, joined, and its labels."""
+    def _batches(self, loader: Loader) -> Batches:
+        """The batches of a loader, checked and moved."""
+        return Batches(loader, self._device)
+
+    def _labelled_batches(self, loader: Loader) -> Batches:
+        """The same for labelled data, of which a sample of positions may do."""
+        return self._batches(loader)
+
+    def _input_batches(self, x: Inputs | Loader) -> Iterator[Inputs]:
+        """The user's batches: one, or those of a loader."""
+        if isinstance(x, (Tensor, tuple, Mapping, Collated)) or is_array(x):
+            yield self._admitted(x)
+            return
+        with self._batches(x).named() as batches:  # type: ignore[arg-type] # it says if it is none
+            yield from self._progress_over(batches.inputs(), "predict")
+
+    def _admitted(self, x: object) -> Inputs:
+        """One batch, checked."""
+        inputs = as_inputs(x, self._device)
+        check_inputs(inputs, self._device)
+        return inputs
+
+    def _pieces(self, inputs: Inputs) -> Iterator[Inputs]:
+        """As many rows at a time as prediction has memory for."""
+        rows = self._rows(inputs)
+        n, size = num_examples(rows), self._piece_size(rows)
+        return (take(rows, part) for part in slices(n, size)) if size < n else iter([rows])
+
+    def _rows(self, inputs: Inputs) -> Inputs:
+        """The inputs, or all positions of a model that has an output for each."""
+        return inputs
+
+    def _laid_out(self, values: Tensor, inputs: Inputs) -> Tensor:
+        """Values of all rows with the axes of the model's outputs."""
+        return values
+
+    def _piece_size(self, rows: Inputs) -> int:
+        """How many rows may be computed at once."""
+        return num_examples(rows)
+
+    def _evaluate_loader(self, batches: Batches) -> tuple[Evaluation, Tensor]:
+        """Evaluations of a whole loader, joined, and its checked labels."""
         parts, targets = [], []
-        for x, y in self._progress_over(labelled(loader, self._device), "evaluate"):
-            parts.append(self._evaluate(x))
-            targets.append(y)
+        for x, y in self._progress_over(batches.labelled(), "evaluate"):
+            size = self._piece_size(x)
+            found = [self._evaluate(take(x, part)) for part in slices(num_examples(x), size)]
+            parts.extend(found)
+            targets.append(self.likelihood.check(y, found[0].logits.shape[1]))
         return type(parts[0]).joined(parts), torch.cat(targets)
 
     def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:

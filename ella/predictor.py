@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ella.batches import Batches, Loader, Split, View
 from ella.evaluated import Evaluated
 from ella.hyperparameters import Hyperparameters
-from ella.inputs import Loader, labelled, unlabelled
+from ella.inputs import Inputs, Rows, as_inputs, check_inputs, moved, num_examples
 from ella.likelihoods import Likelihood, as_likelihood
+from ella.linearize import DEFAULT_MEMORY_BUDGET
 from ella.network import Network
+from ella.outputs import Output
+from ella.positions import SampledRows
 from ella.predictions import Predictive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+UNSPLIT = 64
+"""Batches of this many examples are taken as they are: whoever made them has the memory."""
+DRAWS = 256
+"""Numbers that a prediction keeps of one output: 128 draws, and what is made of them."""
 
 
 class ModelChangedError(RuntimeError):
@@ -25,9 +35,27 @@ class ModelChangedError(RuntimeError):
 class Predictor(Predictive):
     """A method that is fitted to a trained model: one way to use ELLA and every baseline.
 
+    Args:
+        model: Maps x to outputs (n, c), or to something that holds them; with outputs for every
+            position, (n, positions, c) or (n, c, height, width), it is fitted to a sample of
+            positions and predicts all of them.
+        likelihood: "classification", "multilabel" or "binary", "regression", or a `Likelihood`.
+        noise_variance: Shorthand for `likelihood=Normal(noise_variance)`.
+        output: Where the outputs are in what the model returns: a name, an index or a function;
+            None is the obvious guess (`find_logits`).
+        split: `batch` ↦ `(x, y)`, for loaders whose batches are unusual; None is `split_batch`.
+        seed: Seed of everything random.
+        progress: Whether to show progress bars.
+
     Attributes:
         network: The private view of the user's model, which is never changed.
+        memory_budget: Bytes of working memory; prediction takes a sixteenth of it at a time.
+        positions: Of outputs for every position, the most rows of one example that are looked at
+            in `fit` and `calibrate`.
     """
+
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    positions: int = 64
 
     def __init__(
         self,
@@ -35,11 +63,18 @@ class Predictor(Predictive):
         *,
         likelihood: str | Likelihood = "classification",
         noise_variance: float | None = None,
+        output: Output = None,
+        split: Split | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         super().__init__(as_likelihood(likelihood, noise_variance), seed=seed, progress=progress)
-        self.network = Network(model)
+        if not (split is None or callable(split)):
+            raise TypeError(
+                f"`split` must be a function from a batch to (x, y); got {type(split).__name__}."
+            )
+        self.network = Network(model, output=output)
+        self.split = split
         self._fitted_to: tuple[str, torch.device] | None = None
 
     @abstractmethod
@@ -65,17 +100,53 @@ class Predictor(Predictive):
             ModelChangedError: If the weights changed since.
         """
         self._require_fitted()
-        inputs = self._progress_over(unlabelled(loader, self._device), "evaluate")
-        parts = [self._evaluate(x) for x in inputs]
+        with self._batches(loader).named() as batches:
+            inputs = self._progress_over(batches.inputs(), "evaluate")
+            parts = [self._evaluate(piece) for x in inputs for piece in self._pieces(x)]
         return Evaluated(self, type(parts[0]).joined(parts))
 
     @property
     def _device(self) -> torch.device:
         return self.network.device
 
-    def _check_first_batch(self, loader: Loader) -> None:
+    def _batches(self, loader: Loader, view: View | None = None) -> Batches:
+        return Batches(
+            loader, self._device, dtype=self.network.input_dtype, split=self.split, view=view
+        )
+
+    def _labelled_batches(self, loader: Loader) -> Batches:
+        return self._batches(loader, self._sampled_rows())
+
+    def _sampled_rows(self) -> SampledRows:
+        return SampledRows(self.network, self.likelihood, self.positions, self.seed)
+
+    def _admitted(self, x: object) -> Inputs:
+        inputs = as_inputs(x, self._device)
+        check_inputs(inputs, self._device)  # before it is cast: moving is for loaders
+        return moved(inputs, self._device, self.network.input_dtype)
+
+    def _rows(self, inputs: Inputs) -> Inputs:
+        layout = self.network.layout(inputs)
+        return Rows.all_of(inputs, layout.num_positions) if layout.positions else inputs
+
+    def _laid_out(self, values: Tensor, inputs: Inputs) -> Tensor:
+        return self.network.layout(inputs).restored(values)
+
+    def _piece_size(self, rows: Inputs) -> int:
+        n = num_examples(rows)
+        if n <= UNSPLIT and not isinstance(rows, Rows):
+            return n
+        return max(1, self.memory_budget // 16 // self._bytes_of_one(rows))
+
+    def _bytes_of_one(self, rows: Inputs) -> int:
+        """What prediction needs for one row beyond the inputs: draws, and what the model makes."""
+        c = self.network.layout(rows).num_classes
+        own = 0 if isinstance(rows, Rows) else self.network.working_bytes(rows)
+        return self.network.wide.itemsize * c * DRAWS + own
+
+    def _check_first_batch(self, batches: Batches) -> None:
         """Fail on wrong labels before the long part, not after it."""
-        x, y = next(iter(labelled(loader, self._device)))
+        x, y = next(iter(batches.labelled()))
         self.likelihood.check(y, self.network(x).shape[1])
 
     def _set_fitted(self, hyperparameters: Hyperparameters) -> None:
@@ -106,12 +177,12 @@ class Predictor(Predictive):
             )
         return found
 
-    def _initial_scale(self, loader: Loader) -> float:
+    def _initial_scale(self, batches: Batches) -> float:
         """The likelihood's scale from residuals, by a pass over the data if it needs one."""
         if self.likelihood.scale != "noise_variance":
             return 1.0
         total: Tensor | None = None
-        for x, y in labelled(loader, self._device):
+        for x, y in batches.labelled():
             outputs = self.network(x)
             y = self.likelihood.check(y, outputs.shape[1])
             part = self.likelihood.statistics(outputs, y)

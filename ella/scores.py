@@ -1,5 +1,6 @@
 """Uncertainty scores as functions of a Gaussian over outputs, or of draws from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Scores of shape (n,); each is higher for inputs the model knows less about.
+    """Scores of shape (n,), or (n, *positions); higher for inputs the model knows less about.
 
     Attributes:
         entropy: Entropy of the averaged prediction, in nats.
@@ -31,6 +32,11 @@ class Uncertainty:
     logit_variance: Tensor
     confidence_deficit: Tensor | None = None
     energy: Tensor | None = None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Uncertainty":
+        """A function of every score that there is."""
+        found = {name: None if v is None else function(v) for name, v in vars(self).items()}
+        return Uncertainty(**found)  # type: ignore[arg-type] # None only where it may be
 
     @classmethod
     def joined(cls, parts: "Sequence[Uncertainty]") -> "Uncertainty":

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ella.wrappers import COMPILED, clean, without_wrappers
+
 Reader = Callable[[nn.Module, Any, Any], None]
 """A forward hook: `(module, positional arguments, output)`."""
 
@@ -39,7 +41,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False
-    return twin.eval()
+    return without_wrappers(twin).eval()
 
 
 PLAIN = (bool, int, float, str, bytes, type(None))
@@ -75,11 +77,18 @@ class _SharedTensors(TorchFunctionMode):
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over module names and classes, and over names and values of all tensors."""
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
+    for name, module in without_wrappers_named(model):
         digest.update(f"{name}:{type(module).__name__}\n".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _update(digest, name, tensor)
+        _update(digest, clean(name), tensor)
     return digest.hexdigest()
+
+
+def without_wrappers_named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules as they would be had nothing been compiled."""
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, COMPILED, None), nn.Module):
+            yield clean(name), module
 
 
 def _update(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:

@@ -260,9 +260,7 @@ def retapped(
     if chosen == sample.taps.taps:
         return sample
     taps = FeatureTaps(linearized.network, chosen)
-    if not isinstance(sample.inputs, Tensor):
-        raise TypeError("The inputs of this study are images.")
-    activations = torch.cat([taps(part)[1] for part in sample.inputs.split(250)])
+    activations = torch.cat([taps(part)[1] for part in sample.inputs.chunks(250)])
     return replace(sample, taps=taps, activations=activations)
 
 

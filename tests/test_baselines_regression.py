@@ -201,5 +201,5 @@ def test_bad_arguments(model, loader):
                 method.fit([(x, y.long()) for x, y in data])
             with pytest.raises(ValueError, match="shape"):
                 method.fit([(x, y[:, :1]) for x, y in data])
-    with pytest.raises(ValueError, match="used once"):
+    with pytest.raises(TypeError, match="used once"):
         LastLayerLaplace(model, **QUIET).fit(iter(data))

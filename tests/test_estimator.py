@@ -258,8 +258,12 @@ def test_sequences_of_several_lengths():
     assert len({x["input_ids"].shape[1] for x, _ in loader}) > 1
     probs = setting.make().fit(loader).predict_proba(setting.test_x)
     assert torch.isfinite(probs).all()
-    with pytest.raises(ValueError, match="Pad all sequences to one length"):
-        setting.make(neural(num_inputs=N)).fit(loader)
+    for method in (neural(num_inputs=N), neural(num_inputs=3 * N)):
+        ella = setting.make(method).fit(loader)
+        x = {key: tensor[:4] for key, tensor in setting.test_x.items()}
+        longest = int(x["attention_mask"].sum(1).max())
+        short = {key: tensor[:, :longest] for key, tensor in x.items()}
+        assert_equal(ella.features(x), ella.features(short))
 
 
 def test_draws_are_functions(setting):
@@ -497,7 +501,7 @@ def test_the_sample_holds_the_kernel(setting):
     linearized = Linearized(setting.model)
     method = neural(num_directions=64, augment=None)
     sample = method.sample(linearized, setting.loader, seed=0, progress=False)
-    exact = linearized.kernel_blocks(sample.inputs) * sample.scale**2
+    exact = linearized.kernel_blocks(sample.inputs.parts[0]) * sample.scale**2
     torch.testing.assert_close(sample.blocks, exact)
     torch.testing.assert_close(sample.diagonal, exact.diagonal(dim1=1, dim2=2))
     inside = sample.kernel_features @ sample.kernel_features.mT
@@ -647,17 +651,20 @@ BAD_LOADERS = {
     "no labels": ([{"x": X}], TypeError, "must hold its labels under one of"),
     "no examples": ([(X[:0], Y[:0])], ValueError, "`x` is empty"),
     "lengths": ([(X, Y[:3])], ValueError, "24 inputs but 3 labels"),
-    "label type": ([(X, Y.tolist())], TypeError, "Labels must be a tensor"),
+    "label type": ([(X, "labels")], TypeError, "Labels must be a tensor, an array or a list"),
+    "no labels at all": ([(X, None)], TypeError, "Labels must be a tensor.* got None"),
+    "three elements": ([(X, Y, Y)], TypeError, r"3 elements .*cannot be told. Pass `split=`"),
+    "an iterator": (iter([(X, Y)]), TypeError, "is an iterator .* can be used once only"),
     "too large": ([(X, Y + 2)], ValueError, r"must lie in 0..2, as the model has 3 outputs"),
     "negative": ([(X, Y - 1)], ValueError, r"must lie in 0..2"),
-    "late": ([(X, Y), (X, Y + 2)], ValueError, r"must lie in 0..2"),
+    "late": ([(X, Y), (X, Y + 2)], ValueError, r"^Batch 1: .*must lie in 0..2"),
     "float labels": ([(X, Y.double())], TypeError, "Class labels must be integers"),
     "one-hot labels": ([(X, torch.eye(3)[Y].long())], ValueError, r"must have shape \(n,\)"),
     "NaN": ([(spoiled(X), Y)], ValueError, "`x` holds NaN or infinite"),
     "late infinity": (
         [(X, Y), (spoiled(X, math.inf), Y)],
         ValueError,
-        "`x` holds NaN or infinite",
+        "^Batch 1: `x` holds NaN or infinite",
     ),
 }
 
@@ -679,8 +686,9 @@ def test_bad_loaders(case):
 
 
 def test_an_iterator_is_used_up(setting):
-    with pytest.raises(ValueError, match="An iterator can be used once only"):
-        setting.make().fit(iter(setting.loader))
+    ella = setting.make()
+    with pytest.raises(TypeError, match=r"is an iterator .*can be used once only"):
+        ella.fit(iter(setting.loader))
 
 
 @pytest.mark.parametrize(

@@ -252,9 +252,9 @@ def test_outputs_of_another_shape(tail):
 def test_outputs_that_are_no_tensor():
     class Pair(nn.Linear):
         def forward(self, x):
-            return super().forward(x), x
+            return {"a": super().forward(x), "b": x}
 
-    with pytest.raises(TypeError, match=r"must return a tensor of outputs.*got tuple"):
+    with pytest.raises(TypeError, match=r"must return a tensor of outputs.*got dict of \(a, b\)"):
         Linearized(Pair(4, CLASSES).double())(make_inputs("mlp", 7))
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella.inputs import Inputs, Loader, check_positive, labelled
+from ella.batches import Batches, Loader, Split
+from ella.inputs import Inputs, check_positive
 from ella.likelihoods import Categorical, Likelihood, Normal
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
+from ella.outputs import Output
 from ella.predictions import NotFittedError
 from ella.predictor import Predictor
 
@@ -28,6 +30,8 @@ class LaplaceBaseline(Predictor):
         likelihood: "classification" or "regression", or `Categorical()` or a `Normal`.
         prior_precision: δ until `calibrate` chooses one.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         memory_budget: Bytes of working memory for Jacobian products.
         seed: Seed of everything random.
         progress: Whether to show progress bars.
@@ -43,6 +47,8 @@ class LaplaceBaseline(Predictor):
         likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
+        output: Output = None,
+        split: Split | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
@@ -52,6 +58,8 @@ class LaplaceBaseline(Predictor):
             model,
             likelihood=likelihood,
             noise_variance=noise_variance,
+            output=output,
+            split=split,
             seed=seed,
             progress=progress,
         )
@@ -75,20 +83,20 @@ class LaplaceBaseline(Predictor):
         """
         require_baselines()
         linearized = Linearized(self.network, memory_budget=self.memory_budget)
-        scale = self._initial_scale(train_loader)
-        with torch.inference_mode(False):
-            assign = self._fit(linearized, train_loader)
+        with self._labelled_batches(train_loader).named() as batches, torch.inference_mode(False):
+            scale = self._initial_scale(batches)
+            assign = self._fit(linearized, batches)
         assign()
         self._set_fitted(self._started(float(self.prior_precision), scale))
         return self
 
     @abstractmethod
-    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, batches: Batches) -> Callable[[], None]:
         """Do all the work, at σ² = 1; return what stores its result in `self`, and cannot fail.
 
         Args:
             linearized: The model.
-            loader: Training data.
+            batches: Training data.
         """
 
     @property
@@ -97,10 +105,10 @@ class LaplaceBaseline(Predictor):
         return "regression" if isinstance(self.likelihood, Normal) else "classification"
 
     def _checked_batches(
-        self, linearized: Linearized, loader: Loader, what: str
+        self, linearized: Linearized, batches: Batches, what: str
     ) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches whose labels are checked against the number of outputs; real ones (n, c)."""
-        for x, y in self._progress_over(labelled(loader, self._device), what):
+        for x, y in self._progress_over(batches.labelled(), what):
             y = self.likelihood.check(y, linearized.num_outputs(x))
             yield x, y.to(linearized.dtype) if y.is_floating_point() else y
 
@@ -109,7 +117,7 @@ class LaplaceBaseline(Predictor):
         return NotFittedError(f"This {name} is not fitted. Call {name}.fit(train_loader) first.")
 
 
-class Batches:
+class LaplaceLoader:
     """A loader in the form laplace-torch wants: re-iterable, with `len(loader.dataset)`.
 
     Args:
@@ -141,7 +149,7 @@ def require_baselines() -> None:
 
 def fit_laplace(
     model: nn.Module,
-    loader: Any,  # noqa: ANN401 - Batches or DataLoader
+    loader: Any,  # noqa: ANN401 - LaplaceLoader or DataLoader
     *,
     likelihood: str,
     backend: str,
@@ -193,9 +201,9 @@ def isolated(seed: int) -> Iterator[None]:
 
 def require_full_precision(linearized: Linearized) -> None:
     """Raise a `TypeError` for half precision, which eigendecompositions do not support."""
-    if linearized.dtype not in (torch.float32, torch.float64):
+    if (dtype := linearized.network.dtype) not in (torch.float32, torch.float64):
         raise TypeError(
-            f"This baseline needs a float32 or float64 model; got {linearized.dtype}. Convert it "
+            f"This baseline needs a float32 or float64 model; got {dtype}. Convert it "
             f"with model.float()."
         )
 

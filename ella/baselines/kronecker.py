@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ella.baselines._laplace import (
-    Batches,
     LaplaceBaseline,
+    LaplaceLoader,
     fit_laplace,
     num_bytes,
     require_full_precision,
     require_tensor,
 )
+from ella.batches import Batches, Split
 from ella.calibrate import precision_grid
-from ella.inputs import Inputs, Loader, take
+from ella.inputs import Inputs, take
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
+from ella.outputs import Output
 from ella.predictive import Evaluation, LogitGaussian
 
 PROBED = 32
@@ -49,6 +51,8 @@ class KroneckerLaplace(LaplaceBaseline):
         likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         memory_budget: Bytes of working memory.
         seed: Seed of the Monte Carlo draws.
         progress: Whether to show progress bars.
@@ -61,6 +65,8 @@ class KroneckerLaplace(LaplaceBaseline):
         likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
+        output: Output = None,
+        split: Split | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
@@ -70,6 +76,8 @@ class KroneckerLaplace(LaplaceBaseline):
             likelihood=likelihood,
             prior_precision=prior_precision,
             noise_variance=noise_variance,
+            output=output,
+            split=split,
             memory_budget=memory_budget,
             seed=seed,
             progress=progress,
@@ -83,19 +91,14 @@ class KroneckerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed Kronecker factors."""
         return num_bytes(t for b in self._blocks for t in (*b.values, *b.vectors))
 
-    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, batches: Batches) -> Callable[[], None]:
         require_full_precision(linearized)
-        if iter(loader) is loader:
-            raise TypeError(
-                "KroneckerLaplace goes through the training data twice; pass a DataLoader or a "
-                "list of batches instead of an iterator."
-            )
         first, num_examples = None, 0
-        for x, y in self._checked_batches(linearized, loader, "check"):
+        for x, y in self._checked_batches(linearized, batches, "check"):
             first = require_tensor(x) if first is None else first
             num_examples += len(y)
         assert first is not None
-        blocks = self._run(linearized, loader, num_examples)
+        blocks = self._run(linearized, batches, num_examples)
         grid = precision_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
 
         def assign() -> None:
@@ -103,7 +106,7 @@ class KroneckerLaplace(LaplaceBaseline):
 
         return assign
 
-    def _run(self, linearized: Linearized, loader: Loader, num_examples: int) -> "list[_Block]":
+    def _run(self, linearized: Linearized, batches: Batches, num_examples: int) -> "list[_Block]":
         """laplace-torch on a copy whose other parameters are frozen."""
         covered = set(_covered_parameters(self.model))
         model = copy.deepcopy(self.model).eval()
@@ -111,12 +114,12 @@ class KroneckerLaplace(LaplaceBaseline):
             parameter.requires_grad_(name in covered)
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
-            for x, y in self._checked_batches(linearized, loader, "curvature"):
+            for x, y in self._checked_batches(linearized, batches, "curvature"):
                 yield require_tensor(x), y
 
         laplace = fit_laplace(
             model,
-            Batches(passes, num_examples),
+            LaplaceLoader(passes, num_examples),
             likelihood=self._name,
             backend="CurvlinopsGGN",
             rng_seed=self.seed,

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps, Tap, last_linear
-from ella.baselines._laplace import Batches, LaplaceBaseline, fit_laplace, num_bytes
-from ella.inputs import Inputs, Loader, check_choice, slices
+from ella.baselines._laplace import LaplaceBaseline, LaplaceLoader, fit_laplace, num_bytes
+from ella.batches import Batches, Split
+from ella.inputs import Inputs, check_choice, slices
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
+from ella.outputs import Output
 from ella.predictive import Evaluation, LogitGaussian
 
 STRUCTURES = ("full", "kron")
@@ -38,6 +40,8 @@ class LastLayerLaplace(LaplaceBaseline):
         likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         seed: Seed of the Monte Carlo draws.
         progress: Whether to show progress bars.
 
@@ -53,6 +57,8 @@ class LastLayerLaplace(LaplaceBaseline):
         likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
+        output: Output = None,
+        split: Split | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
@@ -62,6 +68,8 @@ class LastLayerLaplace(LaplaceBaseline):
             likelihood=likelihood,
             prior_precision=prior_precision,
             noise_variance=noise_variance,
+            output=output,
+            split=split,
             seed=seed,
             progress=progress,
         )
@@ -74,16 +82,16 @@ class LastLayerLaplace(LaplaceBaseline):
         """Bytes of the eigendecomposed curvature."""
         return num_bytes(self._posterior.tensors()) if self._posterior is not None else 0
 
-    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, batches: Batches) -> Callable[[], None]:
         taps: FeatureTaps | None = None
         features, labels = [], []
-        for x, y in self._checked_batches(linearized, loader, "features"):
+        for x, y in self._checked_batches(linearized, batches, "features"):
             taps = taps or _tap(linearized, x)
             features.append(_evaluate_with_input(taps, x)[1].double())
             labels.append(y.double() if y.is_floating_point() else y)
         assert taps is not None  # an empty loader is an error
         layer = self.model.get_submodule(taps.taps[0].module)
-        data = Batches(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
+        data = LaplaceLoader(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
         laplace = fit_laplace(
             # Its feature extractor refuses a model that is one module.
             nn.Sequential(nn.Identity(), copy.deepcopy(layer).double().requires_grad_()),

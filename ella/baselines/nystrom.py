@@ -16,9 +16,11 @@ from ella.baselines._laplace import (
     require_full_precision,
     require_tensor,
 )
-from ella.inputs import Inputs, Loader
+from ella.batches import Batches, Split
+from ella.inputs import Inputs
 from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
+from ella.outputs import Output
 from ella.posterior import GaussianPosterior, LaplaceEvaluation
 from ella.predictive import LogitGaussian
 
@@ -42,6 +44,8 @@ class NystromLaplace(LaplaceBaseline):
         likelihood: "classification" or "regression".
         prior_precision: δ until `calibrate` chooses one.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         memory_budget: Bytes of working memory for one batch.
         seed: Seed of the subsample and the Monte Carlo draws.
         progress: Whether to show progress bars.
@@ -59,6 +63,8 @@ class NystromLaplace(LaplaceBaseline):
         likelihood: str | Likelihood = "classification",
         prior_precision: float = 1.0,
         noise_variance: float | None = None,
+        output: Output = None,
+        split: Split | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         seed: int = 0,
         progress: bool = True,
@@ -72,6 +78,8 @@ class NystromLaplace(LaplaceBaseline):
             likelihood=likelihood,
             prior_precision=prior_precision,
             noise_variance=noise_variance,
+            output=output,
+            split=split,
             memory_budget=memory_budget,
             seed=seed,
             progress=progress,
@@ -87,11 +95,11 @@ class NystromLaplace(LaplaceBaseline):
             return 0
         return num_bytes((self._found.directions, self._found.posterior.eigenvalues))
 
-    def _fit(self, linearized: Linearized, loader: Loader) -> Callable[[], None]:
+    def _fit(self, linearized: Linearized, batches: Batches) -> Callable[[], None]:
         require_full_precision(linearized)
         parts = [
             (require_tensor(x), y)
-            for x, y in self._checked_batches(linearized, loader, "training data")
+            for x, y in self._checked_batches(linearized, batches, "training data")
         ]
         x, y = (torch.cat(column) for column in zip(*parts, strict=True))
         if self.subsample > len(x):

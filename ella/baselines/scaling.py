@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ella.inputs import Inputs, Loader
+from ella.batches import Loader
+from ella.inputs import Inputs
 from ella.predictive import Evaluation, LogitGaussian
 from ella.predictor import Predictor
 
@@ -25,8 +26,10 @@ class _Deterministic(Predictor):
             TypeError: If the loader, the labels or the model's outputs have the wrong form.
             ValueError: If the first batch is bad, or, for regression, any batch.
         """
-        self._check_first_batch(train_loader)
-        self._set_fitted(self._started(1.0, self._initial_scale(train_loader)))
+        with self._labelled_batches(train_loader).named() as batches:
+            self._check_first_batch(batches)
+            scale = self._initial_scale(batches)
+        self._set_fitted(self._started(1.0, scale))
         return self
 
     @property
@@ -67,6 +70,8 @@ class MAP(_Deterministic):
         model: Maps x to logits (n, c).
         likelihood: "classification", "multilabel" or "binary", "regression", or a `Likelihood`.
         noise_variance: σ² for regression; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         seed: Not used; every method has one.
         progress: Whether to show progress bars.
     """
@@ -88,6 +93,8 @@ class TemperatureScaling(_Deterministic):
         model: Maps x to logits (n, c).
         likelihood: "classification", "multilabel" or "binary", "regression", or a `Likelihood`.
         noise_variance: σ² until `calibrate`; None takes the training residuals' mean square.
+        output: See `Predictor`.
+        split: See `Predictor`.
         seed: Not used; every method has one.
         progress: Whether to show progress bars.
     """

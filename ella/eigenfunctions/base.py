@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from ella.inputs import Inputs, Loader, check_choice
+from ella.batches import Batches, Loader
+from ella.inputs import Inputs, check_choice
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -36,9 +37,16 @@ class EigenfunctionMethod(Protocol):
     """A way to find eigenfunctions: settings only; `fit` returns the fitted object."""
 
     def fit(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> Eigenfunctions:
-        """Find the leading eigenfunctions on a loader of `(x, y, ...)`; y is not used."""
+        """Find the leading eigenfunctions on batches `(x, y)`; y is not used.
+
+        Args:
+            linearized: The model.
+            loader: Training data (`as_batches` makes `Batches` of any loader).
+            seed: Of everything random.
+            progress: Whether to show progress bars.
+        """
 
     def restore(
         self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int

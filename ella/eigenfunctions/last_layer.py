@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ella.activations import FeatureTaps, Tap, last_linear
+from ella.batches import Batches, Loader, as_batches
 from ella.eigenfunctions.base import check_product_residual
-from ella.inputs import Inputs, Loader, labelled
+from ella.inputs import Inputs
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -31,14 +32,14 @@ class LastLayer:
         check_product_residual(self.residual)
 
     def fit(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> "LastLayerFeatures":
         """See `EigenfunctionMethod.fit`. One batch is looked at, to find the layer.
 
         Raises:
             ValueError: If the model's outputs are not those of a trainable `nn.Linear`.
         """
-        x, _ = next(labelled(loader, linearized.device))
+        x, _ = next(as_batches(loader, linearized.network).labelled())
         name = last_linear(linearized.network, x)
         if name is None:
             raise ValueError(

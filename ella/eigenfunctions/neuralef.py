@@ -7,20 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps, choose_taps
+from ella.batches import Batches, Loader, as_batches
+from ella.collection import Collection
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
 from ella.eigenfunctions.neural_features import Made, NetworkFactory, NeuralFeatures
-from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
-from ella.eigenfunctions.sample import KernelSample, sample_kernel
-from ella.inputs import (
-    Inputs,
-    Loader,
-    check_choice,
-    concatenate,
-    labelled,
-    num_examples,
-    slices,
-    take,
+from ella.eigenfunctions.residuals import (
+    DiagonalResidual,
+    FactorResidual,
+    LearnedResidual,
+    at_rows,
+    chosen,
 )
+from ella.eigenfunctions.sample import KernelSample, sample_kernel
+from ella.inputs import Inputs, check_choice, num_examples, slices, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.saving import State
@@ -29,7 +28,6 @@ from ella.spectral import (
     FeatureKernel,
     NestedLoRA,
     Objective,
-    Regression,
     ResidualMLP,
     Samples,
     SpectralLoss,
@@ -60,8 +58,10 @@ class NeuralEF:
        ("diag"), or a factor L with R = LLᵀ ("factor").
 
     After `fit` no Jacobian is needed, and nothing of size p is kept. Memory while fitting:
-    num_inputs·c·num_directions numbers for S, num_inputs·c² for the blocks κ(x, x) where c is at
-    most num_directions + 64, num_directions·p for the rows, plus one chunk.
+    num_inputs·q·num_directions numbers for S, q being c, or 16 where c is more than
+    num_directions + 64; num_inputs·c² for the blocks κ(x, x) where half of the memory budget holds
+    a Jacobian c·p; num_directions·p for rows where four times the budget holds them, else p +
+    5096·4096 for a sketch of them; plus one chunk, or one row.
 
     Attributes:
         rank: k.
@@ -112,7 +112,7 @@ class NeuralEF:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
 
     def fit(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> NeuralFeatures:
         """See `EigenfunctionMethod.fit`.
 
@@ -124,19 +124,19 @@ class NeuralEF:
         return self.learn(sample, seed=seed, progress=progress)
 
     def sample(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> KernelSample:
         """The dear half of `fit`: one pass over `num_inputs` inputs with their Jacobians.
 
         Raises:
             ValueError: If the data carry fewer than `rank` directions.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, network = torch.Generator().manual_seed(seed), linearized.network
         inputs = self._collect(linearized, loader, generator)
         return sample_kernel(
             linearized,
             inputs,
-            FeatureTaps(linearized.network, choose_taps(linearized.network, inputs)),
+            FeatureTaps(network, choose_taps(network, inputs.parts[0])),
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
@@ -153,20 +153,27 @@ class NeuralEF:
         """
         if self.residual == "factor":
             exact_blocks(sample)  # that is, fail before the long part
+        rows = sample.outputs
+        if self.training is not None and rows is not None:
+            raise ValueError(
+                f"`training` needs the kernel at all outputs, but of {sample.num_outputs} only "
+                f"{rows.shape[1]} were sampled for each input. Use training=None."
+            )
         target = sample.teacher(self.rank)
         inputs = self._fed(sample)
-        made = Made(self.reads, inputs[0].numel(), (sample.diagonal.shape[1], self.rank))
+        made = Made(self.reads, inputs[0].numel(), (sample.num_outputs, self.rank))
         generator = torch.Generator().manual_seed(seed + LEARNING_STREAM)
         network = self._network(made, inputs, sample.activations, generator)
         if self.teacher is not None:
-            known = Regression(inputs, target, generator=generator)
+            known = at_rows(inputs, target, rows=rows, generator=generator)
             train(network, known, self.teacher, generator=generator, progress=progress)
         if self.training is not None:
             problem = Samples(FeatureKernel(), inputs, sample.kernel_features, generator=generator)
             loss = SpectralLoss(problem, self.objective)
             train(network, loss, self.training, generator=generator, progress=progress)
-        psi = evaluate(network, inputs)
-        eigenvalues, mixing = feature_ritz(psi, sample.kernel_features)
+        psi = evaluate(network, inputs, rows)
+        root = sample.weight**0.5
+        eigenvalues, mixing = feature_ritz(psi * root, sample.kernel_features * root)
         basis = Eigenbasis(network, mixing, eigenvalues)
         learned = self._fit_residual(sample, basis.scaled(psi), generator, progress)
         basis = replace(basis, eigenvalues=eigenvalues / sample.scale**2)
@@ -183,15 +190,16 @@ class NeuralEF:
         return NeuralFeatures.restore(network, state, self.network)
 
     def _collect(
-        self, linearized: Linearized, loader: Loader, generator: torch.Generator
-    ) -> Inputs:
+        self, linearized: Linearized, loader: Loader | Batches, generator: torch.Generator
+    ) -> Collection:
         """`num_inputs` inputs: half, or one pass if that is less, as they are; then augmented."""
         parts: list[Inputs] = []
         count = 0
+        batches = as_batches(loader, linearized.network)
         plain = -(-self.num_inputs // 2)
         while count < self.num_inputs:
             before = count
-            for x, _ in labelled(loader, linearized.device):
+            for x, _ in batches.labelled():
                 if count >= plain and self.augment is not None:
                     x = self.augment(x, generator)
                 parts.append(take(x, slice(self.num_inputs - count)))
@@ -201,24 +209,25 @@ class NeuralEF:
             if self.augment is None or count == before:
                 break
             plain = 0
-        return concatenate(parts)
+        return Collection.of(parts)
 
     def _fed(self, sample: KernelSample) -> Tensor:
         """What the network reads of the sample."""
         if self.reads == "activations":
             return sample.activations
-        if not isinstance(sample.inputs, Tensor):
+        inputs = sample.inputs.parts[0]
+        if not isinstance(inputs, Tensor) or len(sample.inputs.parts) > 1:
             raise ValueError(
-                'reads="inputs" needs inputs that are one tensor; got '
-                f'{type(sample.inputs).__name__}. Use reads="activations".'
+                'reads="inputs" needs inputs that are one tensor, of one shape in all batches; '
+                f'got {type(inputs).__name__}. Use reads="activations".'
             )
-        if self.network is None and sample.inputs.ndim != 2:
+        if self.network is None and inputs.ndim != 2:
             raise ValueError(
                 f"The built-in network reads vectors; got inputs of shape (n, "
-                f"{', '.join(map(str, sample.inputs.shape[1:]))}). Pass `network`, or use "
+                f"{', '.join(map(str, inputs.shape[1:]))}). Pass `network`, or use "
                 'reads="activations".'
             )
-        return sample.inputs
+        return inputs
 
     def _network(
         self, made: Made, inputs: Tensor, like: Tensor, generator: torch.Generator
@@ -273,6 +282,8 @@ class NeuralEF:
                 data.diagonal,
                 settings,
                 min(self.width, 128),
+                rows=data.outputs,
+                num_outputs=data.num_outputs,
                 generator=generator,
                 progress=progress,
             )
@@ -311,13 +322,18 @@ def exact_blocks(sample: KernelSample) -> Tensor:
     if sample.blocks is None:
         raise ValueError(
             'residual="factor" needs exact Jacobians, which are too dear for '
-            f'{sample.diagonal.shape[1]} outputs. Use residual="diag".'
+            f'{sample.num_outputs} outputs of a network of this size. Use residual="diag".'
         )
     return sample.blocks
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, inputs: Inputs, size: int = 1024) -> Tensor:
-    """Network values at all inputs, in batches, without gradients."""
+def evaluate(
+    network: nn.Module, inputs: Tensor, rows: Tensor | None = None, size: int = 1024
+) -> Tensor:
+    """Network values (n, c, k) at all inputs, or (n, q, k) at sampled outputs, in batches."""
     network.eval().requires_grad_(False)
-    return torch.cat([network(take(inputs, i)) for i in slices(num_examples(inputs), size)])
+    if rows is None:
+        return torch.cat([network(inputs[i]) for i in slices(len(inputs), size)])
+    size = min(size, 64)  # all outputs of a batch come first
+    return torch.cat([chosen(network(inputs[i]), rows[i]) for i in slices(len(inputs), size)])

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.batches import Batches, Loader, as_batches
 from ella.eigenfunctions.base import check_product_residual
-from ella.inputs import Inputs, Loader, check_choice, labelled, num_examples, take
+from ella.inputs import Inputs, check_choice, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -51,7 +52,7 @@ class Nystrom:
             )
 
     def fit(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> "JacobianProjection":
         """See `EigenfunctionMethod.fit`. The first `subsample` examples of the loader are used.
 
@@ -74,7 +75,7 @@ class Nystrom:
         return JacobianProjection(linearized, directions, state.text("residual"))
 
     def _sample_rows(
-        self, linearized: Linearized, loader: Loader, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, seed: int, progress: bool
     ) -> Tensor:
         """J_m, shape (m, p), written part by part into its place: never a second copy."""
         generator = torch.Generator().manual_seed(seed)
@@ -95,11 +96,11 @@ class Nystrom:
                 rows[start:end] = linearized.row_gradients(x, chosen.to(linearized.device))
         return rows
 
-    def _first_inputs(self, linearized: Linearized, loader: Loader) -> list[Inputs]:
+    def _first_inputs(self, linearized: Linearized, loader: Loader | Batches) -> list[Inputs]:
         """The first `subsample` inputs, or all of them, in batches."""
         parts: list[Inputs] = []
         missing = self.subsample
-        for x, _ in labelled(loader, linearized.device):
+        for x, _ in as_batches(loader, linearized.network).labelled():
             parts.append(take(x, slice(missing)))
             missing -= num_examples(parts[-1])
             if missing <= 0:
@@ -143,16 +144,25 @@ class JacobianProjection:
         k, c = len(self.directions), logits.shape[1]
         if self.residual == "none" and k < c:
             return LogitGaussian(logits, self.linearized.jvp(x, self.directions), None)
+        if self.residual == "exact":
+            return self._with_blocks(logits, x)
+
+        def inside_and_all(rows: Tensor) -> Tensor:
+            return torch.cat([rows @ self.directions.T, rows.square().sum(-1, True)], dim=-1)
+
+        found = self.linearized.over_rows(x, inside_and_all)
+        phi = found[..., :-1]
+        if self.residual == "none":
+            return LogitGaussian(logits, phi, None)
+        outside = found[..., -1] - phi.square().sum(-1)
+        return LogitGaussian(logits, phi, outside.clamp_min(0))
+
+    def _with_blocks(self, logits: Tensor, x: Inputs) -> LogitGaussian:
         phis, residuals = [], []
         for _, jacobian in self.linearized.jacobian_chunks(x):
-            phi = jacobian @ self.directions.T
-            phis.append(phi)
-            if self.residual == "diag":
-                outside = jacobian.square().sum(-1) - phi.square().sum(-1)
-                residuals.append(outside.clamp_min(0))
-            elif self.residual == "exact":
-                residuals.append(jacobian @ jacobian.mT - phi @ phi.mT)
-        return LogitGaussian(logits, torch.cat(phis), torch.cat(residuals) if residuals else None)
+            phis.append(jacobian @ self.directions.T)
+            residuals.append(jacobian @ jacobian.mT - phis[-1] @ phis[-1].mT)
+        return LogitGaussian(logits, torch.cat(phis), torch.cat(residuals))
 
     def state(self) -> State:
         """See `Eigenfunctions.state`."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ella.spectral import Regression, ResidualMLP, Training, train
+from ella.spectral import Regression, ResidualMLP, Training, least_squares, train
 
 FLOOR = 1e-3
 """Smallest share of κ(x, x) that the residual variance is taken to be."""
@@ -63,6 +63,8 @@ class DiagonalResidual(LearnedResidual):
         training: Training,
         width: int,
         *,
+        rows: Tensor | None = None,
+        num_outputs: int | None = None,
         generator: torch.Generator,
         progress: bool,
     ) -> "DiagonalResidual":
@@ -70,21 +72,23 @@ class DiagonalResidual(LearnedResidual):
 
         Args:
             activations: Shape (n, d).
-            phi: φ, shape (n, c, k).
-            diagonal: diag κ(x, x), shape (n, c).
+            phi: φ, shape (n, q, k), q being c or the number of sampled outputs.
+            diagonal: diag κ(x, x), shape (n, q).
             training: Settings of the regression.
             width: Hidden units.
+            rows: Which outputs were sampled, shape (n, q); None for all.
+            num_outputs: c, if some were sampled.
             generator: A CPU generator, for the first weights and the batches.
             progress: Whether to show a progress bar.
         """
         outside = torch.maximum(diagonal - phi.square().sum(-1), FLOOR * diagonal)
         outside = outside.clamp_min(torch.finfo(outside.dtype).tiny)
-        shape = diagonal.shape[1:]
+        shape = (num_outputs or diagonal.shape[1],)
         network = ResidualMLP(activations.shape[1], shape, width=width, generator=generator)
         module = cls(network).to(outside)
         module.standardize(activations, outside)
         targets = (outside.log() - module.location) / module.spread
-        loss = Regression(activations, targets, generator=generator)
+        loss = at_rows(activations, targets, rows=rows, generator=generator)
         train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
@@ -168,6 +172,24 @@ class FactorResidual(LearnedResidual):
     def forward(self, activations: Tensor) -> Tensor:
         """Covariances, shape (n, c, c)."""
         return self.blocks(self.network(activations))
+
+
+def chosen(values: Tensor, rows: Tensor) -> Tensor:
+    """Values (n, c, ...) of some outputs of each example, rows (n, q): (n, q, ...)."""
+    return values[torch.arange(len(rows), device=rows.device).unsqueeze(1), rows]
+
+
+def at_rows(
+    inputs: Tensor, targets: Tensor, *, rows: Tensor | None, generator: torch.Generator
+) -> Regression:
+    """Least squares at all outputs, or at those that were sampled of each input."""
+    if rows is None:
+        return Regression(inputs, targets, generator=generator)
+
+    def distance(values: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        return least_squares(chosen(values, rows), targets)
+
+    return Regression(inputs, targets, rows, generator=generator, criterion=distance)
 
 
 def _trace(blocks: Tensor) -> Tensor:

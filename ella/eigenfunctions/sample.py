@@ -1,5 +1,7 @@
 """What networks learn eigenfunctions from: the kernel and the activations at many inputs."""
 
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -7,17 +9,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ella.activations import FeatureTaps, restored_taps
-from ella.inputs import Inputs, input_state, num_examples, restored_inputs, slices, take
+from ella.collection import Collection, input_state, restored_inputs
+from ella.eigenfunctions.directions import Directions, check_rank, find_directions
+from ella.inputs import Inputs, num_examples, slices
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.saving import State
-from ella.spectral.nystrom import numerical_eigenpairs, row_gram
+
+log = logging.getLogger("ella")
 
 TOP_EIGENVALUE = 10.0
 """The kernel is rescaled so that its largest eigenvalue is this while networks train on it."""
-PROBES = 64
-"""Random directions that estimate κ(x, x) when c is too large for exact Jacobians."""
-PROBES_AT_ONCE = 16
+MOST_OUTPUTS = 64
+"""With this many outputs more than directions, some rows of each input stand for all."""
+SAMPLED_OUTPUTS = 16
+"""How many they are."""
+AT_ONCE = 256
+"""Inputs between two steps of the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +36,45 @@ class KernelSample:
         taps: Where activations are read.
         inputs: The n inputs.
         activations: Shape (n, d).
-        kernel_features: S·scale with S(x) = J(x)V for r orthonormal V, shape (n, c, r).
-        diagonal: diag κ(x, x)·scale², shape (n, c).
-        blocks: κ(x, x)·scale², shape (n, c, c), or None if c is too large for them.
+        kernel_features: S·scale with S(x) = J(x)V for r orthonormal V, shape (n, q, r), q being c
+            or the number of sampled outputs.
+        diagonal: diag κ(x, x)·scale², shape (n, q).
+        blocks: κ(x, x)·scale², shape (n, c, c), or None if c or p is too large for them.
         scale: Makes the largest eigenvalue of the kernel `TOP_EIGENVALUE`.
         axes: Eigenvectors of Σ SᵀS, shape (r, r), leading first.
+        num_outputs: c.
+        outputs: Which outputs were sampled of each input, shape (n, q); None for all.
     """
 
     taps: FeatureTaps
-    inputs: Inputs
+    inputs: Collection
     activations: Tensor
     kernel_features: Tensor
     diagonal: Tensor
     blocks: Tensor | None
     scale: float
     axes: Tensor
+    num_outputs: int
+    outputs: Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        """How many rows each row stands for, c/q."""
+        return self.num_outputs / self.diagonal.shape[1]
 
     def state(self) -> State:
         """What `restore` takes; the inputs are part of it."""
         named = {"activations": self.activations, "kernel_features": self.kernel_features}
         named |= {"diagonal": self.diagonal, "axes": self.axes}
-        if self.blocks is not None:
-            named["blocks"] = self.blocks
-        form, inputs = input_state(self.inputs)
-        taps = [asdict(tap) for tap in self.taps.taps]
-        return State({**named, **inputs}, {"taps": taps, "scale": self.scale, "inputs": form})
+        for name, tensor in (("blocks", self.blocks), ("outputs", self.outputs)):
+            named |= {} if tensor is None else {name: tensor}
+        forms = []
+        for i, part in enumerate(self.inputs.parts):
+            form, inputs = input_state(part)
+            forms.append(form)
+            named |= {f"{i}.{name}": tensor for name, tensor in inputs.items()}
+        settings = {"taps": [asdict(tap) for tap in self.taps.taps], "scale": self.scale}
+        return State(named, {**settings, "inputs": forms, "num_outputs": self.num_outputs})
 
     @classmethod
     def restore(cls, network: Network, state: State) -> "KernelSample":
@@ -62,21 +84,30 @@ class KernelSample:
             ValueError: If a part is missing, misshaped or not finite.
         """
         s = state.tensor("kernel_features", (None, None, None))
-        n, c, r = s.shape
-        blocks = state.tensor("blocks", (n, c, c)) if "blocks" in state.tensors else None
+        n, q, r = s.shape
+        c = state.integer("num_outputs", 2**31)
+        named = state.tensors
+        blocks = state.tensor("blocks", (n, c, c)) if "blocks" in named else None
+        outputs = state.tensor("outputs", (n, q)) if "outputs" in named else None
+        parts = []
+        for i, form in enumerate(state.list("inputs")):
+            own = {k.removeprefix(f"{i}."): t for k, t in named.items() if k.startswith(f"{i}.")}
+            parts.append(restored_inputs(form, own))
         return cls(
             FeatureTaps(network, restored_taps(state)),
-            restored_inputs(state.list("inputs"), state.tensors),
+            Collection(tuple(parts)),
             state.tensor("activations", (n, None)),
             s,
-            state.tensor("diagonal", (n, c)),
+            state.tensor("diagonal", (n, q)),
             blocks,
             state.number("scale"),
             state.tensor("axes", (r, r)),
+            c,
+            outputs,
         )
 
     def teacher(self, rank: int) -> Tensor:
-        """The k leading eigenfunctions of the sampled kernel at the n inputs, (n, c, k).
+        """The k leading eigenfunctions of the sampled kernel at the n inputs, (n, q, k).
 
         Raises:
             ValueError: If the kernel features span fewer than k directions.
@@ -85,18 +116,9 @@ class KernelSample:
         return self.kernel_features @ self.axes[:, :rank]
 
 
-def check_rank(rank: int, spanned: int) -> None:
-    """Refuse more eigenfunctions than directions."""
-    if spanned < rank:
-        raise ValueError(
-            f"`rank` is {rank}, but the sampled rows of the Jacobian span only {spanned} "
-            f"directions. Lower `rank`, or raise `num_directions` or the number of inputs."
-        )
-
-
 def sample_kernel(
     linearized: Linearized,
-    inputs: Inputs,
+    inputs: Collection,
     taps: FeatureTaps,
     *,
     rank: int,
@@ -104,82 +126,84 @@ def sample_kernel(
     generator: torch.Generator,
     progress: bool,
 ) -> KernelSample:
-    """One pass over the inputs: S(x) = J(x)V, κ(x, x) or its diagonal, and activations.
-
-    V spans `num_directions` sampled rows of the Jacobian, or as many as four times the memory
-    budget holds. Costs c row gradients an input, or r + `PROBES` products where c is larger.
+    """One pass over the inputs, of c row gradients each, or `SAMPLED_OUTPUTS` for a large c.
 
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
     """
-    rows, mix = _directions(linearized, inputs, rank, num_directions, generator)
-    exact = linearized.num_outputs(inputs) <= len(rows) + PROBES
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    found = find_directions(
+        linearized, inputs, rank=rank, num_directions=num_directions, generator=generator
+    )
+    c = linearized.num_outputs(inputs.parts[0])
+    outputs = None
+    if c > num_directions + MOST_OUTPUTS:
+        draws = torch.rand(len(inputs), c, generator=generator)
+        outputs = draws.topk(SAMPLED_OUTPUTS, dim=1).indices.to(linearized.device)
+    budget, block_bytes = linearized.memory_budget, len(inputs) * c * c * linearized.dtype.itemsize
+    fits = 2 * c * linearized.row_bytes <= budget and block_bytes <= 4 * budget
+    whole = outputs is None and fits
+    log.info(
+        "%d inputs, %d of %d outputs each, %d weights, %d directions, %s",
+        *(len(inputs), c if outputs is None else SAMPLED_OUTPUTS, c),
+        *(linearized.num_parameters, len(found), "blocks" if whole else "diagonals"),
+    )
     activations, features, diagonals, blocks = [], [], [], []
-    parts = tqdm(
-        list(slices(num_examples(inputs), 256)), "jacobians", disable=not progress, leave=False
-    )
-    for part in parts:
-        x = take(inputs, part)
+    bar = tqdm(total=len(inputs), desc="jacobians", disable=not progress, leave=False)
+    for where, x in _numbered(inputs):
         activations.append(taps(x)[1])
-        if exact:
-            for _, jacobian in linearized.jacobian_chunks(x):
-                features.append((jacobian @ rows.T) @ mix)
-                blocks.append(jacobian @ jacobian.mT)
-                diagonals.append(blocks[-1].diagonal(dim1=1, dim2=2))
-        else:
-            features.append(linearized.jvp(x, rows) @ mix)
-            diagonals.append(_probed_diagonal(linearized, x, seed))
-    s, scale, axes = _scaled(torch.cat(features))
-    return KernelSample(
-        taps,
-        inputs,
-        torch.cat(activations),
-        s,
-        torch.cat(diagonals) * scale**2,
-        torch.cat(blocks) * scale**2 if blocks else None,
-        scale,
-        axes,
-    )
+        part = (
+            _whole(found, linearized, x)
+            if whole
+            else _by_rows(found, linearized, x, (None if outputs is None else outputs[where]))
+        )
+        features.append(part[0])
+        diagonals.append(part[1])
+        blocks.append(part[2])
+        bar.update(num_examples(x))
+    bar.close()
+    s, scale, axes = _scaled(torch.cat(features), c)
+    diagonal = torch.cat(diagonals) * scale**2
+    known = torch.cat(blocks) * scale**2 if whole else None
+    read = torch.cat(activations)
+    return KernelSample(taps, inputs, read, s, diagonal, known, scale, axes, c, outputs)
 
 
-def _directions(
-    linearized: Linearized,
-    inputs: Inputs,
-    rank: int,
-    num_directions: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Sampled rows of the Jacobian (m, p), and what makes them orthonormal, (m, r)."""
-    n, c = num_examples(inputs), linearized.num_outputs(inputs)
-    row_bytes = linearized.num_parameters * linearized.dtype.itemsize
-    m = max(1, min(num_directions, n, 4 * linearized.memory_budget // row_bytes))
-    chosen = torch.randperm(n, generator=generator)[:m]
-    outputs = torch.randint(c, (m,), generator=generator).to(linearized.device)
-    rows = linearized.row_gradients(take(inputs, chosen), outputs)
-    values, vectors = numerical_eigenpairs(row_gram(rows))
-    check_rank(rank, len(values))
-    return rows, (vectors / values.sqrt()).to(rows)
+def _numbered(inputs: Collection) -> Iterator[tuple[slice, Inputs]]:
+    start = 0
+    for x in inputs.chunks(AT_ONCE):
+        end = start + num_examples(x)
+        yield slice(start, end), x
+        start = end
 
 
-def _scaled(features: Tensor) -> tuple[Tensor, float, Tensor]:
+def _whole(found: Directions, linearized: Linearized, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """S(x), diag κ(x, x) and κ(x, x)."""
+    features, blocks = [], []
+    for _, jacobian in linearized.jacobian_chunks(x):
+        features.append(found(jacobian))
+        blocks.append(jacobian @ jacobian.mT)
+    joined = torch.cat(blocks)
+    return torch.cat(features), joined.diagonal(dim1=1, dim2=2), joined
+
+
+def _by_rows(
+    found: Directions, linearized: Linearized, x: Inputs, outputs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S(x) and diag κ(x, x) at some outputs, or all; and nothing."""
+
+    def with_norms(rows: Tensor) -> Tensor:
+        return torch.cat([found(rows), rows.square().sum(-1, keepdim=True)], dim=-1)
+
+    rows = linearized.over_rows(x, with_norms, outputs)
+    return rows[..., :-1], rows[..., -1], rows.new_empty(0)
+
+
+def _scaled(features: Tensor, c: int) -> tuple[Tensor, float, Tensor]:
     """S·scale, the scale and the eigenvectors: see `KernelSample`."""
     second = features.new_zeros(features.shape[2], features.shape[2], dtype=torch.float64)
     for part in slices(len(features), 4096):
         wide = features[part].flatten(0, 1).double()
         second += wide.T @ wide
-    values, axes = torch.linalg.eigh(second / len(features))
+    values, axes = torch.linalg.eigh(second * (c / features.shape[1]) / len(features))
     scale = (TOP_EIGENVALUE / values[-1].item()) ** 0.5
     return features * scale, scale, axes.flip(1).to(features)
-
-
-def _probed_diagonal(linearized: Linearized, x: Inputs, seed: int) -> Tensor:
-    """Estimates diag JJᵀ = E[(Jz)²] with `PROBES` random sign vectors z, a few at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (PROBES_AT_ONCE, linearized.num_parameters)
-    total = torch.zeros((), device=linearized.device, dtype=linearized.dtype)
-    for _ in range(PROBES // PROBES_AT_ONCE):
-        signs = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
-        signs = (2 * signs - 1).to(linearized.device, linearized.dtype)
-        total = total + linearized.jvp(x, signs).square().sum(-1)
-    return total / PROBES

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.inputs import check_class_labels
 from ella.likelihoods.base import Discrete
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, energy
+from ella.targets import check_class_labels
 
 
 @dataclass(frozen=True)

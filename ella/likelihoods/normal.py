@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.inputs import check_positive, check_real_targets
+from ella.inputs import check_positive
 from ella.likelihoods.base import Likelihood, Losses, Spreads
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, logit_variance
+from ella.targets import check_real_targets
 
 MIN_VARIANCE = torch.finfo(torch.float32).eps
 """A model that interpolates its data leaves no residual, but a density needs a width."""

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ella.inputs import check_class_labels
+from ella.targets import check_class_labels
 
 Array = Tensor | NDArray[np.generic]
 """Whatever may come out of a model or a scikit-learn pipeline."""
