@@ -6,8 +6,9 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 from importlib.metadata import PackageNotFoundError, version
 
 from ella import metrics
-from ella.activations import FeatureTaps, Tap, choose_taps
-from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
+from ella.activations import FeatureTaps, Tap
+from ella.choosing import choose_taps
+from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens
 from ella.estimator import ELLA
 from ella.evaluated import Evaluated
 from ella.hyperparameters import Hyperparameters, Tuning
@@ -50,6 +51,7 @@ __all__ = [
     "NotFittedError",
     "Nystrom",
     "Perturb",
+    "PerturbTokens",
     "Predictive",
     "Predictor",
     "Probit",

@@ -1,22 +1,19 @@
 """Frozen features of a classifier, read off during its own forward pass."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ella.inputs import Inputs, attention_mask, take
+from ella.inputs import Inputs, Rows, attention_mask, num_examples
 from ella.network import Network
 from ella.saving import State
 from ella.views import Reader
 
-MAX_WIDTH = 2048
-"""Vector activations wider than this are not tapped, nor more features than this of one stage."""
 STATISTICS = 3
 """Numbers that `Tap` makes of one channel: mean, deviation, share above zero."""
-NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._NormBase)
 
 
 @dataclass(frozen=True)
@@ -26,28 +23,37 @@ class Tap:
     Attributes:
         module: Name of the module in `model.named_modules()`.
         side: Its "input" or its "output".
-        channels_first: Whether axis 1 holds the channels; else the last axis does.
+        channels_first: Whether the channels come right after the examples; else they are last.
+        axis: Which axis holds the examples; it may hold several parts of each, one after the
+            other, such as windows or frames.
+        width: Numbers that are read of one example, which are 0 where a forward pass left the
+            module out; None if that is not known.
     """
 
     module: str
     side: str
     channels_first: bool
+    axis: int = 0
+    width: int | None = None
 
-    def pool(self, activation: Tensor, mask: Tensor | None = None) -> Tensor:
+    def pool(self, activation: Tensor, mask: Tensor | None = None, n: int | None = None) -> Tensor:
         """Means, standard deviations and shares above zero of each channel, or the vector: (n, d).
 
         The share above zero is, before a ReLU, the share of positions that gradients pass.
 
         Args:
-            activation: Shape (n, d), or (n, channels, *positions), or (n, *positions, channels).
-            mask: Zero at the positions that are padding and do not count, shape (n, positions);
-                it has no say over activations with another number of positions.
+            activation: Shape (n, d), or (n, channels, *positions), or (n, *positions, channels),
+                but for `axis`.
+            mask: Zero at the positions that are padding and do not count, shape (n, positions).
+            n: Number of examples; None takes the length of `axis`.
         """
-        if activation.ndim == 2:
-            return activation
-        channels = activation if self.channels_first else activation.movedim(-1, 1)
+        channels = self._channels_second(activation, n)
+        if channels.ndim == 2:
+            return channels
         flat = channels.flatten(2)
-        if mask is not None and mask.shape == (len(flat), flat.shape[-1]):
+        if mask is not None:
+            mask = fitted_mask(mask, flat.shape[-1])
+        if mask is not None:
             real = (mask != 0).to(flat).unsqueeze(1)
             weights = real / real.sum(-1, keepdim=True).clamp_min(1)
             means = (flat * weights).sum(-1)
@@ -60,6 +66,60 @@ class Tap:
         spread = norms / flat.shape[-1] ** 0.5
         active = flat.sign().clamp_(min=0).mean(-1)
         return torch.cat([means, spread, active], dim=1)
+
+    def at_rows(self, activation: Tensor, rows: Rows, positions: tuple[int, ...]) -> Tensor:
+        """Activations at positions of the outputs, shape (m, d); vectors are repeated.
+
+        Args:
+            activation: See `pool`.
+            rows: Examples and positions.
+            positions: Lengths of the axes of positions of the outputs. Activations on a coarser
+                grid are those of the cell that a position lies in; those on none are pooled.
+        """
+        n = num_examples(rows.inputs)
+        channels = self._channels_second(activation, n)
+        if channels.ndim == 2 + len(positions):
+            cells = grid_cells(rows.position, positions, tuple(channels.shape[2:]))
+            return channels.flatten(2)[rows.example, :, cells]
+        return self.pool(activation, attention_mask(rows), n)[rows.example]
+
+    def _channels_second(self, activation: Tensor, n: int | None) -> Tensor:
+        """Shape (n, d) or (n, channels, *positions); half precision is widened."""
+        found = activation.movedim(self.axis, 0) if self.axis else activation
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        parts = 1 if n is None or len(found) == n else len(found) // n
+        if parts > 1:
+            found = found.unflatten(0, (n or 1, parts))
+            return found.movedim(2 if self.channels_first else -1, 1)
+        return found if self.channels_first or found.ndim == 2 else found.movedim(-1, 1)
+
+
+def fitted_mask(mask: Tensor, length: int) -> Tensor | None:
+    """A mask (n, positions) for activations of another length.
+
+    What a model pads further is padding; where it strides, a cell counts if it holds something
+    that does. None if a length of 1 leaves nothing to tell apart.
+    """
+    n, own = mask.shape
+    if length == own:
+        return mask
+    if length > own:
+        return torch.cat([mask, mask.new_zeros(n, length - own)], dim=1)
+    if length == 1:
+        return None
+    real = (mask != 0).to(torch.float32).unsqueeze(1)
+    return nn.functional.adaptive_max_pool1d(real, length).squeeze(1)
+
+
+def grid_cells(position: Tensor, fine: tuple[int, ...], coarse: tuple[int, ...]) -> Tensor:
+    """Cells of a coarse grid that hold positions of a fine one, both counted through."""
+    found, rest = torch.zeros_like(position), position
+    stride = 1
+    for wide, narrow in zip(reversed(fine), reversed(coarse), strict=True):
+        along, rest = rest % wide, rest // wide
+        found = found + (2 * along + 1) * narrow // (2 * wide) * stride
+        stride *= narrow
+    return found
 
 
 def restored_taps(state: State) -> list[Tap]:
@@ -76,7 +136,10 @@ def restored_taps(state: State) -> list[Tap]:
                 "side": "input" | "output",
                 "channels_first": bool(first),
             }:
-                taps.append(Tap(module, found["side"], first))
+                axis, width = found.get("axis", 0), found.get("width")
+                if axis not in (0, 1, 2, 3) or not isinstance(width, (int, type(None))):
+                    raise ValueError(f"{found!r} says of no activation where it is read")
+                taps.append(Tap(module, found["side"], first, axis, width))
             case _:
                 raise ValueError(f"{found!r} says of no activation where it is read")
     return taps
@@ -86,7 +149,7 @@ class FeatureTaps:
     """Logits and pooled activations of several depths, from one forward pass.
 
     Of padded sequences the padding does not count, if the inputs are a mapping that holds
-    `attention_mask`, as Hugging Face's do.
+    `attention_mask`, as Hugging Face's do. At `Rows` activations are read where the row is.
 
     Args:
         network: The model.
@@ -100,172 +163,61 @@ class FeatureTaps:
         self.network = network
         self.taps = taps
         modules = {name for name, _ in network.model.named_modules()}
-        if missing := [tap.module for tap in taps if tap.module not in modules]:
-            raise ValueError(f"The model has no module named {missing[0]!r} to read.")
+        self._places: dict[str, list[int]] = {}
+        for i, tap in enumerate(taps):
+            (name,) = network.named([tap.module]) if tap.module not in modules else (tap.module,)
+            if name not in modules:
+                raise ValueError(f"The model has no module named {tap.module!r} to read.")
+            self._places.setdefault(name, []).append(i)
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
+        logits, pooled = self.each(x)
+        missing = [i for i in range(len(self.taps)) if i not in pooled]
+        for i in missing:
+            pooled[i] = self._nothing(self.taps[i], logits)
+        return logits, torch.cat([*(pooled[i] for i in range(len(self.taps))), logits], dim=1)
+
+    def each(self, x: Inputs) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits, and what was read by every tap whose module ran."""
         pooled: dict[int, Tensor] = {}
-        mask = attention_mask(x)
+        mask, n = attention_mask(x), num_examples(x.inputs if isinstance(x, Rows) else x)
+        positions = self.network.layout(x).positions if isinstance(x, Rows) else ()
 
         def reader(indices: list[int]) -> Reader:
             def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
                 # Pooled at once: a later in-place operation may overwrite the activation.
                 for i in indices:
-                    side = args if self.taps[i].side == "input" else output
-                    pooled[i] = self.taps[i].pool(_tensor(side), mask)
+                    tap = self.taps[i]
+                    value = first_tensor(args if tap.side == "input" else output)
+                    if value is None:
+                        continue
+                    if isinstance(x, Rows):
+                        pooled[i] = tap.at_rows(value, x, positions)
+                    else:
+                        pooled[i] = tap.pool(value, mask, n)
 
             return read
 
-        places: dict[str, list[int]] = {}
-        for i, tap in enumerate(self.taps):
-            places.setdefault(tap.module, []).append(i)
-        logits = self.network(x, {name: reader(indices) for name, indices in places.items()})
-        return logits, torch.cat([*(pooled[i] for i in range(len(self.taps))), logits], dim=1)
+        readers = {name: reader(indices) for name, indices in self._places.items()}
+        return self.network(x, readers), pooled
+
+    @staticmethod
+    def _nothing(tap: Tap, logits: Tensor) -> Tensor:
+        if tap.width is None:
+            raise ValueError(
+                f"The model left out its module {tap.module!r}, whose activations are needed. "
+                f"Fit again: newer files know what to put in their place."
+            )
+        return logits.new_zeros(len(logits), tap.width)
 
 
-def choose_taps(network: Network, x: Inputs, *, most: int = 6) -> list[Tap]:
-    """Places that describe what the classifier sees at several depths.
-
-    Activations are grouped into stages, runs of one shape, and the last one of each stage is
-    taken, the latest `most` stages; a model with few stages (a transformer, an MLP) adds one in
-    the middle of each. Of a transformer only what is as wide as its normalisation layers counts:
-    the residual stream, not the inside of its feed-forward blocks. Of the last stage of a
-    convolution net, whose weights carry most of the Jacobian, the normalisation layers and blocks
-    are added, the latest first, up to `MAX_WIDTH` features. The input of the last linear layer,
-    the penultimate features, comes last.
-
-    Args:
-        network: The model.
-        x: Any inputs; one example is run.
-        most: Upper limit of the number of stages.
-    """
-    seen = _activations(network, x)
-    first = not _channels_last(network.model)
-    if not first:
-        seen = _residual_stream(network.model, seen)
-    runs: list[list[Activation]] = []
-    previous = None
-    for each in seen:
-        if each.shape != previous:
-            runs.append([])
-        runs[-1].append(each)
-        previous = each.shape
-    chosen = [run[-1] for run in runs[-most:]]
-    if len(runs) < 3:
-        chosen = [each for run in runs for each in (run[len(run) // 2], run[-1])]
-    if first:
-        chosen += _last_stage(network.model, seen, {each.value for each in chosen})
-    taps = [Tap(name, "output", first) for name in dict.fromkeys(each.module for each in chosen)]
-    last = last_linear(network, x)
-    return [*taps, Tap(last, "input", first)] if last is not None else taps
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What a module returned.
-
-    Attributes:
-        module: Its name.
-        shape: Shape of one example.
-        value: A number that modules share if one passes on what the other returned.
-    """
-
-    module: str
-    shape: torch.Size
-    value: int
-
-
-def _activations(network: Network, x: Inputs) -> list[Activation]:
-    """What modules returned, in the order of their ends: vectors, and anything with positions.
-
-    The logits and vectors wider than `MAX_WIDTH` are left out.
-    """
-    seen: list[Activation] = []
-    latest: tuple[object, int] = (None, 0)
-    value = 0
-
-    def note(name: str, output: object) -> None:
-        nonlocal latest, value
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return
-        # An in-place operation returns the same tensor in a new version.
-        value += output is not latest[0] or output._version != latest[1]
-        latest = output, output._version
-        if output.ndim == 2 or (output.ndim > 2 and output.shape[2:].numel() > 1):
-            seen.append(Activation(name, output.shape[1:], value))
-
-    names = [name for name, _ in network.model.named_modules() if name]
-    logits = _noted(network, x, names, note)
-    return [
-        each
-        for each in seen
-        if each.shape != logits.shape[1:] and (len(each.shape) > 1 or each.shape[0] <= MAX_WIDTH)
-    ]
-
-
-def _noted(
-    network: Network, x: Inputs, names: Iterable[str], note: Callable[[str, object], None]
-) -> Tensor:
-    """Logits of one example; `note` is told what each of these modules returned."""
-
-    def reader(name: str) -> Reader:
-        return lambda module, args, output: note(name, output)
-
-    # On copies of its own, as hooks on every module would stay on those of the network.
-    return Network(network.model)(take(x, slice(1)), {name: reader(name) for name in names})
-
-
-def _residual_stream(model: nn.Module, seen: list[Activation]) -> list[Activation]:
-    """Vectors, and what is as wide as a LayerNorm; everything in a model without one."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    widths = {module.normalized_shape[-1] for module in norms}
-    return [
-        each for each in seen if len(each.shape) == 1 or not widths or each.shape[-1] in widths
-    ]
-
-
-def _last_stage(model: nn.Module, seen: list[Activation], chosen: set[int]) -> list[Activation]:
-    """Normalisation layers and blocks of the last stage that has positions."""
-    spatial = [each for each in seen if len(each.shape) > 1]
-    room, added = MAX_WIDTH, []
-    for each in reversed(spatial):
-        module = model.get_submodule(each.module)
-        is_block = any(module.children()) and not isinstance(module, nn.Sequential)
-        if each.shape != spatial[-1].shape or each.value in chosen:
-            continue
-        if is_block or isinstance(module, NORMALISATIONS):
-            room -= STATISTICS * each.shape[0]
-            if room < 0:
-                break
-            chosen.add(each.value)
-            added.append(each)
-    return added
-
-
-def last_linear(network: Network, x: Inputs) -> str | None:
-    """Name of the linear layer whose output is the logits; None if there is none."""
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor):
-            outputs[name] = output.detach().clone()
-
-    modules = network.model.named_modules()
-    names = [name for name, module in modules if isinstance(module, nn.Linear)]
-    logits = _noted(network, x, names, note)
-    for name, output in reversed(outputs.items()):
-        if output.shape == logits.shape and torch.equal(output, logits):
-            return name
+def first_tensor(value: object) -> Tensor | None:
+    """The tensor that a module returned or was given, or the first of several."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return next((found for each in value if (found := first_tensor(each)) is not None), None)
     return None
-
-
-def _channels_last(model: nn.Module) -> bool:
-    """Whether activations are (n, positions, channels), as in transformers."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    blocks = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, *convolutions))]
-    return not blocks or isinstance(blocks[-1], nn.LayerNorm)
-
-
-def _tensor(value: Any) -> Tensor:  # noqa: ANN401
-    return value[0] if isinstance(value, tuple) else value

@@ -1,19 +1,20 @@
 """`ELLA`: the stages in order, from a trained model to calibrated predictions."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ella.batches import Loader, Split
+from ella.batches import MANY, Batches, Loader, Split
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.fitted import Fit
 from ella.formats import KINDS, given_or_saved, upgraded
+from ella.hints import Seen, hint
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.inputs import Inputs, check_positive, slices, take
-from ella.likelihoods import Likelihood
+from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.network import Network
 from ella.outputs import Output
@@ -26,6 +27,10 @@ from ella.wrappers import clean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SUSPICIOUS = 0.05
+"""Share of validation examples that may be training examples, too, before a hint is given."""
 
 
 class ELLA(Predictor):
@@ -109,6 +114,7 @@ class ELLA(Predictor):
         self.memory_budget = memory_budget
         self.positions = positions
         self._fit: Fit | None = None
+        self._seen = Seen()
 
     @property
     def linearized(self) -> Linearized:
@@ -146,7 +152,8 @@ class ELLA(Predictor):
             found = self.eigenfunctions.fit(
                 linearized, batches, seed=self.seed, progress=self.progress
             )
-        sums = self._sums(found, train_loader)
+        seen = Seen()
+        sums = self._sums(found, train_loader, seen)
         fit = Fit.of(found, sums, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
@@ -155,7 +162,7 @@ class ELLA(Predictor):
         if self.likelihood.scale == "logit_temperature":
             start = replace(start, logit_temperature=self.logit_temperature)
         self._set_fitted(replace(start, temperature=self.temperature))
-        self._fit = fit
+        self._fit, self._seen = fit, seen
         return self
 
     def partial_fit(self, loader: Loader) -> "Self":
@@ -166,7 +173,7 @@ class ELLA(Predictor):
             ModelChangedError: If the weights changed since.
         """
         fit = self._fitted()
-        sums = fit.sums + self._sums(fit.eigenfunctions, loader)
+        sums = fit.sums + self._sums(fit.eigenfunctions, loader, self._seen)
         self._fit = Fit.of(fit.eigenfunctions, sums, fit.trainable)
         return self
 
@@ -343,18 +350,40 @@ class ELLA(Predictor):
         fit = self._fitted()
         return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
 
-    def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader) -> TrainingSums:
+    def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader, seen: Seen) -> TrainingSums:
         """Over all data; a sample of positions stands for all of them."""
         view = self._sampled_rows()
+
+        def noted(pairs: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
+            for x, y in pairs:
+                seen.note(x)
+                yield x, y
+
         with self._batches(loader, view).named() as batches:
             pairs = self._progress_over(batches.labelled(), "curvature")
             parts = (
                 (eigenfunctions(take(x, part)), y[part])
-                for x, y in pairs
+                for x, y in noted(pairs)
                 for part in slices(len(y), self._piece_size(x))
             )
             sums = accumulate(parts, self.likelihood)
+            if seen is not self._seen:  # later data may well be of one class
+                self._hint_about_labels(batches)
         return sums if view.share == 1 else sums.scaled(1 / view.share)
+
+    def _hint_about_labels(self, batches: Batches) -> None:
+        if isinstance(self.likelihood, Discrete) and batches.one_label is not MANY:
+            hint(
+                f"All labels of the training data are {batches.one_label}: the curvature says "
+                f"nothing of the other classes. Was the loader sorted by class and cut?"
+            )
+
+    def _look_at_validation(self, x: Inputs, *, first: bool) -> None:
+        if first and self._seen.share(x) > SUSPICIOUS:
+            hint(
+                "calibrate was given training data: there the classifier is over-confident, and "
+                "the search learns that nothing is wrong. Pass data that it was not trained on."
+            )
 
     def _fitted(self) -> Fit:
         self._require_fitted()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb
+from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Normal
 from ella.network import Network
@@ -19,7 +19,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
     for kind in (
         *(Bernoulli, Categorical, Normal),
-        *(LastLayer, NeuralEF, Nystrom, Perturb),
+        *(LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens),
         *(NestedLoRA, NeuralEFObjective, TraceObjective, Training),
         *(LaplaceBridge, MonteCarlo, Probit),
         *(Hyperparameters, Tuning),

@@ -190,10 +190,13 @@ class Network:
                     sizes.append(output.numel() * output.element_size())
 
             readers = {name: read for name, _ in self.model.named_modules() if name}
-            # Apart, as hooks on every module would stay on the copies of this network.
-            Network(self.model, output=self.output)(take(x, slice(1)), readers)
+            self.apart()(take(x, slice(1)), readers)
             self._working[key] = 4 * max(sizes)
         return self._working[key]
+
+    def apart(self) -> "Network":
+        """The same with copies of its own, for hooks that should not stay on those of this one."""
+        return Network(self.model, output=self.output)
 
     @contextmanager
     def borrowed(self, readers: Mapping[str, Reader] | None = None) -> Iterator[nn.Module]:

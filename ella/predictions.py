@@ -304,10 +304,15 @@ class Predictive(ABC):
         """How many rows may be computed at once."""
         return num_examples(rows)
 
+    def _look_at_validation(self, x: Inputs, *, first: bool) -> None:  # noqa: B027
+        """Say if the batch is no validation data."""
+
     def _evaluate_loader(self, batches: Batches) -> tuple[Evaluation, Tensor]:
         """Evaluations of a whole loader, joined, and its checked labels."""
-        parts, targets = [], []
+        parts: list[Evaluation] = []
+        targets = []
         for x, y in self._progress_over(batches.labelled(), "evaluate"):
+            self._look_at_validation(x, first=not parts)
             size = self._piece_size(x)
             found = [self._evaluate(take(x, part)) for part in slices(num_examples(x), size)]
             parts.extend(found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ella.batches import Batches, Loader, Split, View
 from ella.evaluated import Evaluated
+from ella.hints import hint_about_model
 from ella.hyperparameters import Hyperparameters
 from ella.inputs import Inputs, Rows, as_inputs, check_inputs, moved, num_examples
 from ella.likelihoods import Likelihood, as_likelihood
@@ -148,6 +149,7 @@ class Predictor(Predictive):
         """Fail on wrong labels before the long part, not after it."""
         x, y = next(iter(batches.labelled()))
         self.likelihood.check(y, self.network(x).shape[1])
+        hint_about_model(self.network, x, self.likelihood)
 
     def _set_fitted(self, hyperparameters: Hyperparameters) -> None:
         """The last step of `fit`: from here on the model must stay as it is."""

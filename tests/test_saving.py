@@ -25,6 +25,7 @@ from ella import (
     Normal,
     Nystrom,
     Perturb,
+    PerturbTokens,
     Probit,
     Training,
     saving,
@@ -151,7 +152,7 @@ def test_a_noise_variance_in_the_sums_would_come_twice(path):
 def fit_again(ella, loader):
     """Sum over the data once more, the directions being what they are now."""
     fit = ella._fit
-    sums = ella._sums(fit.eigenfunctions, loader)
+    sums = ella._sums(fit.eigenfunctions, loader, ella._seen)
     ella._fit = type(fit).of(fit.eigenfunctions, sums, fit.trainable)
     return ella
 
@@ -391,7 +392,10 @@ def test_a_header_of_terabytes_is_refused(path):
 
 
 def test_settings_are_described_and_rebuilt():
-    kinds = {k.__name__: k for k in (NeuralEF, NestedLoRA, Perturb, Training, Normal, MonteCarlo)}
+    kinds = {
+        k.__name__: k
+        for k in (NeuralEF, NestedLoRA, Perturb, PerturbTokens, Training, Normal, MonteCarlo)
+    }
     for value in (NEURAL, Normal(0.3), MonteCarlo(5, 2), None, (1, "two", None)):
         described = json.loads(json.dumps(saving.describe(value)))
         assert saving.rebuild(described, kinds) == value

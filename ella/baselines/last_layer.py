@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap, last_linear
+from ella.activations import FeatureTaps, Tap
 from ella.baselines._laplace import LaplaceBaseline, LaplaceLoader, fit_laplace, num_bytes
 from ella.batches import Batches, Split
+from ella.choosing import last_linear
 from ella.inputs import Inputs, check_choice, slices
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized

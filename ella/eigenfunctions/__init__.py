@@ -7,6 +7,7 @@ from ella.eigenfunctions.neural_features import NeuralFeatures
 from ella.eigenfunctions.neuralef import NeuralEF
 from ella.eigenfunctions.nystrom import JacobianProjection, Nystrom
 from ella.eigenfunctions.sample import KernelSample
+from ella.eigenfunctions.tokens import PerturbTokens
 
 __all__ = [
     "Augmentation",
@@ -20,4 +21,5 @@ __all__ = [
     "NeuralFeatures",
     "Nystrom",
     "Perturb",
+    "PerturbTokens",
 ]

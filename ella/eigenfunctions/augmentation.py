@@ -1,12 +1,14 @@
 """Inputs that look unseen, for learning eigenfunctions where the classifier will be used."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ella.inputs import Inputs, map_inputs
+from ella.eigenfunctions.tokens import PerturbTokens, is_ids
+from ella.inputs import Inputs, Rows
 
 BLURRED = 0.2
 """Share of the images that are blurred."""
@@ -21,7 +23,10 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True)
 class Perturb:
-    """Random crops, blur, mixtures and noise of real-valued inputs; others are left as they are.
+    """Random crops, blur, mixtures and noise of real-valued inputs, and other tokens in texts.
+
+    Masks stay as they are, and so does what they call padding: tensors of booleans or integers,
+    and real ones that hold 0 and 1 alone beside other inputs.
 
     A network that memorised its training inputs has other Jacobians there than elsewhere, and
     inputs off the data are where the variance has to grow; both are learned from such inputs.
@@ -34,20 +39,52 @@ class Perturb:
             get ((n, channels, height, width) inputs only).
         noise: Largest standard deviation of added Gaussian noise, as a share of the input's; half
             of the inputs get some.
+        tokens: What happens to token ids; None leaves them as they are.
     """
 
     crop: float = 0.7
     mix: float = 0.3
     blur: float = 1.4
     noise: float = 0.4
+    tokens: PerturbTokens | None = field(default_factory=PerturbTokens)
 
     def __call__(self, x: Inputs, generator: torch.Generator) -> Inputs:
         """See `Augmentation`."""
-        return map_inputs(x, lambda tensor: self._perturb(tensor, generator))
+        if isinstance(x, Rows):
+            return Rows(self(x.inputs, generator), x.example, x.position)
+        if isinstance(x, Tensor):
+            named = {"0": x}
+        elif isinstance(x, Mapping):
+            named = {key: value for key, value in x.items() if isinstance(value, Tensor)}
+        elif isinstance(x, tuple):
+            named = {str(i): value for i, value in enumerate(x) if isinstance(value, Tensor)}
+        else:  # one object, whose parts nobody knows
+            return x
+        found = self._each(named, generator)
+        if isinstance(x, Tensor):
+            return found["0"]
+        if isinstance(x, Mapping):
+            return {**x, **found}
+        return tuple(found.get(str(i), value) for i, value in enumerate(x))
+
+    def _each(self, named: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Tensors by name, each by its own kind."""
+        alone = len(named) == 1
+        found = {}
+        for name, x in named.items():
+            if not x.is_floating_point() or (not alone and is_mask(x)):
+                found[name] = x
+                continue
+            changed = self._perturb(x, generator)
+            for real in masks_of(x, named):
+                changed = torch.where(real, changed, x)
+            found[name] = changed
+        ids = [name for name, x in named.items() if is_ids(name, x)]
+        if self.tokens is not None and ids:
+            found = self.tokens(found, ids[0], generator)
+        return found
 
     def _perturb(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if not x.is_floating_point():
-            return x
 
         def uniform() -> Tensor:
             draws = torch.rand(len(x), generator=generator).to(x)
@@ -86,3 +123,24 @@ class Perturb:
         for each in (kernel, kernel.mT):
             planes = nn.functional.conv2d(planes, each, groups=n * channels)
         return planes.view_as(x)
+
+
+def is_mask(x: Tensor) -> bool:
+    """Whether a tensor says yes or no."""
+    return x.dtype == torch.bool or bool(((x == 0) | (x == 1)).all())
+
+
+def masks_of(x: Tensor, named: Mapping[str, Tensor]) -> list[Tensor]:
+    """Where values of a tensor are no padding, by each mask beside it; of its number of axes.
+
+    A mask has an entry for each position. One whose name says "padding" is true where it is, as
+    `torch.nn.Transformer` wants it.
+    """
+    found = []
+    for name, mask in named.items():
+        ndim = mask.ndim
+        if mask is x or ndim < 2 or mask.shape != x.shape[:ndim] or not is_mask(mask):
+            continue
+        real = mask == 0 if "padding" in name else mask != 0
+        found.append(real.reshape(*real.shape, *[1] * (x.ndim - ndim)))
+    return found

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ella.activations import FeatureTaps, Tap, last_linear
+from ella.activations import FeatureTaps, Tap
 from ella.batches import Batches, Loader, as_batches
+from ella.choosing import last_linear
 from ella.eigenfunctions.base import check_product_residual
 from ella.inputs import Inputs
 from ella.linearize import Linearized

@@ -6,8 +6,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, choose_taps
+from ella.activations import FeatureTaps
 from ella.batches import Batches, Loader, as_batches
+from ella.choosing import choose_taps
 from ella.collection import Collection
 from ella.eigenfunctions.augmentation import Augmentation, Perturb
 from ella.eigenfunctions.neural_features import Made, NetworkFactory, NeuralFeatures
@@ -136,7 +137,7 @@ class NeuralEF:
         return sample_kernel(
             linearized,
             inputs,
-            FeatureTaps(network, choose_taps(network, inputs.parts[0])),
+            FeatureTaps(network, choose_taps(network, *inputs.parts[:3])),
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
