@@ -24,8 +24,10 @@ class Tap:
         module: Name of the module in `model.named_modules()`.
         side: Its "input" or its "output".
         channels_first: Whether the channels come right after the examples; else they are last.
-        axis: Which axis holds the examples; it may hold several parts of each, one after the
-            other, such as windows or frames.
+        axis: Which axis holds the examples; it may hold several parts of each, such as windows,
+            frames or the two inputs of a siamese network.
+        parts_first: Whether it holds the first part of all examples, then the second; else all
+            parts of the first example, then of the second.
         width: Numbers that are read of one example, which are 0 where a forward pass left the
             module out; None if that is not known.
     """
@@ -34,6 +36,7 @@ class Tap:
     side: str
     channels_first: bool
     axis: int = 0
+    parts_first: bool = False
     width: int | None = None
 
     def pool(self, activation: Tensor, mask: Tensor | None = None, n: int | None = None) -> Tensor:
@@ -89,7 +92,9 @@ class Tap:
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         parts = 1 if n is None or len(found) == n else len(found) // n
         if parts > 1:
-            found = found.unflatten(0, (n or 1, parts))
+            shape = (parts, n or 1) if self.parts_first else (n or 1, parts)
+            found = found.unflatten(0, shape)
+            found = found.transpose(0, 1) if self.parts_first else found
             return found.movedim(2 if self.channels_first else -1, 1)
         return found if self.channels_first or found.ndim == 2 else found.movedim(-1, 1)
 
@@ -139,7 +144,8 @@ def restored_taps(state: State) -> list[Tap]:
                 axis, width = found.get("axis", 0), found.get("width")
                 if axis not in (0, 1, 2, 3) or not isinstance(width, (int, type(None))):
                     raise ValueError(f"{found!r} says of no activation where it is read")
-                taps.append(Tap(module, found["side"], first, axis, width))
+                parts = bool(found.get("parts_first", False))
+                taps.append(Tap(module, found["side"], first, axis, parts, width))
             case _:
                 raise ValueError(f"{found!r} says of no activation where it is read")
     return taps

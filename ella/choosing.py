@@ -34,12 +34,14 @@ class Activation:
         shape: Shape of one example.
         value: A number that modules share if one passes on what the other returned.
         by_itself: Whether the module returned nothing else.
+        parts: How many of each example the axis of the batch holds.
     """
 
     tap: Tap
     shape: tuple[int, ...]
     value: int
     by_itself: bool = True
+    parts: int = 1
 
 
 def choose_taps(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> list[Tap]:
@@ -155,7 +157,7 @@ def _activations(network: Network, x: Inputs, channels_first: bool) -> list[Acti
         if not useful or one == tuple(logits.shape[1:]) or (len(one) == 1 and one[0] > MAX_WIDTH):
             continue
         tap = Tap(name, "output", channels_first, axis)
-        seen.append(Activation(tap, one, abs(values[name]), values[name] > 0))
+        seen.append(Activation(tap, one, abs(values[name]), values[name] > 0, parts))
     by_themselves = [each for each in seen if each.by_itself]
     return by_themselves if any(len(each.shape) > 1 for each in by_themselves) else seen
 
@@ -215,7 +217,10 @@ def _that_follow(
     network: Network, x: Inputs, others: tuple[Inputs, ...], seen: list[Activation]
 ) -> list[Activation]:
     """Activations that move as the examples do, ran in every pass, and keep their width."""
-    taps = FeatureTaps(network.apart(), [each.tap for each in seen])
+    other_way = [each for each in seen if each.parts > 1]
+    other_way = [replace(each, tap=replace(each.tap, parts_first=True)) for each in other_way]
+    both = seen + other_way
+    taps = FeatureTaps(network.apart(), [each.tap for each in both])
     order = torch.tensor([3, 0, 4, 1, 2])
     whole = _examples(x, MORE)
     order = order.to(input_tensors(whole)[0].device)
@@ -223,15 +228,16 @@ def _that_follow(
     _, permuted = taps.each(_ordered(whole, order))
     _, alone = taps.each(_ordered(whole, order[:FEW]))
     elsewhere = [taps.each(_examples(other, FEW))[1] for other in others]
-    kept = []
-    for i, each in enumerate(seen):
+    kept: dict[str, Activation] = {}
+    for i, each in enumerate(both):
         runs = (permuted.get(i), alone.get(i))
         found = read.get(i)
         if found is None or not all(_same(found[order], run) for run in runs):
             continue
         if all(i in one and one[i].shape[1] == found.shape[1] for one in elsewhere):
-            kept.append(replace(each, tap=replace(each.tap, width=found.shape[1])))
-    return kept
+            known = replace(each, tap=replace(each.tap, width=found.shape[1]))
+            kept.setdefault(each.tap.module, known)
+    return [kept[each.tap.module] for each in seen if each.tap.module in kept]
 
 
 def _ordered(x: Inputs, order: Tensor) -> Inputs:

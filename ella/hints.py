@@ -44,12 +44,28 @@ def hint_about_model(network: Network, x: Inputs, likelihood: Likelihood) -> Non
             "dropout without its `training` flag, or noise? Predictions will change, too; switch "
             "it off."
         )
-    elif num_examples(x) > 1 and not _same(network, network(take(x, slice(1))), outputs[:1]):
+    elif num_examples(x) > 1 and not _same(network, _alone(network, x), outputs[:1]):
         hint(
             "The model's outputs for an example depend on the rest of its batch: is there "
             "BatchNorm without running statistics (track_running_stats=False)? Predictions will "
             "depend on how data are batched; give it statistics, or use another normalisation."
         )
+
+
+def _alone(network: Network, x: Inputs) -> Tensor:
+    """Outputs of the first example by itself.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    try:
+        return network(take(x, slice(1)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The model takes a batch of {num_examples(x)}, but not one example alone ({error}): "
+            f"so an example has no output of its own. Is there BatchNorm without running statistics "
+            f"(track_running_stats=False)? Give it statistics, or use another normalisation."
+        ) from error
 
 
 def are_probabilities(outputs: Tensor, likelihood: Likelihood) -> bool:
@@ -92,7 +108,7 @@ def _numbers(x: Inputs) -> Tensor:
     for tensor in input_tensors(x):
         if len(tensor) != len(total):
             return total[:0]
-        flat = tensor.detach().flatten(1).double().cpu()
+        flat = tensor.detach().reshape(len(tensor), -1).double().cpu()
         generator = torch.Generator().manual_seed(flat.shape[1])
         total += flat @ torch.randn(flat.shape[1], generator=generator, dtype=torch.float64)
     return total

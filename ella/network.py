@@ -173,7 +173,7 @@ class Network:
             x = x.inputs if isinstance(x, Rows) else x
             self._learn_from(x)
             with self.borrowed() as module, self.attention():
-                outputs = called(module, self.own(take(x, slice(1))), self.output)
+                outputs = called(module, self.own(take(x, slice(2))), self.output)
             self._layouts[key] = found = Layout.of(outputs)
             if not found.positions:
                 self._plain = found
@@ -244,7 +244,7 @@ class Network:
             self._find_changing(x)
 
     def _find_changing(self, x: Inputs) -> None:
-        """Run one example with copies of all buffers, and see what it leaves on the modules."""
+        """Run two examples with copies of all buffers, and see what they leave on the modules."""
         if self._lock is not None:
             self._changing, self._overwrites = frozenset(), True
             return
@@ -253,7 +253,7 @@ class Network:
             view = View.of(shared_copy(self.model), self.model, names)
             before = {name: own._version for name, own, _ in view.buffers}
             attributes = [(n, m, dict(vars(m))) for n, m in view.module.named_modules()]
-            one = map_inputs(take(x, slice(1)), Tensor.clone)
+            one = map_inputs(take(x, slice(2)), Tensor.clone)
             versions = [tensor._version for tensor in input_tensors(one)]
             called(view.module, one, self.output)
         self._overwrites = versions != [tensor._version for tensor in input_tensors(one)]
