@@ -184,7 +184,7 @@ class Plain:
     @contextmanager
     def _leaves(self, parameters: Parameters) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """A copy of the model whose weights are leaves, and those leaves in the order of θ."""
-        leaves = {name: nn.Parameter(p.detach()) for name, p in parameters.items()}
+        leaves = {name: nn.Parameter(_ordinary(p)) for name, p in parameters.items()}
         values = {alias: leaves[name] for name, aliases in self.names.items() for alias in aliases}
         with (
             self.network.borrowed() as module,
@@ -201,7 +201,7 @@ def replaced_parameters(module: nn.Module, values: Mapping[str, nn.Parameter]) -
     """Other parameters for a while; those that are not named need no gradient meanwhile."""
     named = dict(module.named_parameters(remove_duplicate=False))
     others = {
-        name: nn.Parameter(old.detach(), requires_grad=False)
+        name: nn.Parameter(_ordinary(old), requires_grad=False)
         for name, old in named.items()
         if name not in values
     }
@@ -226,6 +226,11 @@ def _recurrent_nets_that_train(module: nn.Module) -> Iterator[None]:
     finally:
         for net, (training, dropout) in zip(nets, before, strict=True):
             net.training, net.dropout = training, dropout
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Sharing its memory, but for one that was made in inference mode: autograd refuses those."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _assign(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ella.batches import MANY, Batches, Loader, Split
@@ -126,6 +127,7 @@ class ELLA(Predictor):
         trainable = None if self._fit is None else self._fit.trainable
         return Linearized(self.network, memory_budget=self.memory_budget, trainable=trainable)
 
+    @torch.inference_mode(False)
     def fit(self, train_loader: Loader) -> "Self":
         """Learn the eigenfunctions, then sum G over the training data. Starts again each time.
 
@@ -201,7 +203,9 @@ class ELLA(Predictor):
         Raises:
             NotFittedError: Before `fit`.
         """
-        return self._fitted().eigenfunctions(x)
+        eigenfunctions = self._fitted().eigenfunctions
+        pieces = self._pieces(self._admitted(x))
+        return LogitGaussian.joined([eigenfunctions(piece) for piece in pieces])
 
     @property
     def curvature(self) -> Tensor:

@@ -62,9 +62,9 @@ def _alone(network: Network, x: Inputs) -> Tensor:
         return network(take(x, slice(1)))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"The model takes a batch of {num_examples(x)}, but not one example alone ({error}): "
-            f"so an example has no output of its own. Is there BatchNorm without running statistics "
-            f"(track_running_stats=False)? Give it statistics, or use another normalisation."
+            f"The model takes a batch of {num_examples(x)}, but not one example alone ({error}). "
+            f"Is there BatchNorm without running statistics (track_running_stats=False)? Give it "
+            f"statistics, or use another normalisation."
         ) from error
 
 

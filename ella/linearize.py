@@ -74,9 +74,11 @@ class Linearized:
             )
         self._names = _all_names(self.network.model, self.trainable)
 
+    @torch.inference_mode(False)
     def parameters(self) -> Parameters:
         """The trainable parameters, by name, sharing memory with the model."""
-        return self.network.parameters(self.trainable)
+        named = self.network.parameters(self.trainable)
+        return {name: p.clone() if p.is_inference() else p for name, p in named.items()}
 
     @property
     def num_parameters(self) -> int:

@@ -45,7 +45,8 @@ def check_class_labels(y: Tensor, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"Class labels must lie in 0..{num_classes - 1}, as the model has {num_classes} "
-            f"outputs; got values from {low} to {high}."
+            f"outputs; got values from {low} to {high}. If one of them marks what does not count, "
+            f"pass likelihood=Categorical(ignore_index=...)."
         )
 
 

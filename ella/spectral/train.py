@@ -69,7 +69,8 @@ def train(
         bar = tqdm(range(training.steps), desc="training", disable=not progress, leave=False)
         for step in bar:
             network.train()
-            scalar = loss(network, loss.batch(training.batch_size, generator))
+            with torch.enable_grad():
+                scalar = loss(network, loss.batch(training.batch_size, generator))
             optimizer.zero_grad()
             scalar.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1e3)
