@@ -351,7 +351,7 @@ class ELLA(Predictor):
         )
 
     def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
-        fit = self._fitted()
+        fit = self._fit or self._fitted()  # whoever asks has looked whether it still holds
         return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
 
     def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader, seen: Seen) -> TrainingSums:

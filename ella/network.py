@@ -13,6 +13,7 @@ from ella.attention import FUSED, DifferentiableAttention
 from ella.inputs import (
     Inputs,
     Rows,
+    all_finite,
     check_inputs,
     example_shape,
     input_tensors,
@@ -22,6 +23,8 @@ from ella.inputs import (
 from ella.outputs import Layout, Output, as_rows, check_output, find_logits
 from ella.views import Reader, View, Watch, fingerprint, remembered, shared_copy
 from ella.wrappers import clean, unwrapped
+
+ALWAYS = nullcontext()
 
 
 class Network:
@@ -81,12 +84,12 @@ class Network:
     @property
     def device(self) -> torch.device:
         """The device of the first parameter, or buffer."""
-        return self._first_tensor().device
+        return self._first.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter, or buffer."""
-        return self._first_tensor().dtype
+        return self._first.dtype
 
     @property
     def wide(self) -> torch.dtype:
@@ -96,8 +99,7 @@ class Network:
     @property
     def input_dtype(self) -> torch.dtype | None:
         """What real inputs should be: the dtype of its weights; None if they have several."""
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        return dtypes.pop() if len(dtypes) == 1 else None
+        return self.dtype if self._one_dtype else None
 
     def named(self, names: Iterable[str]) -> tuple[str, ...]:
         """Its own names of parameters and modules; compiled or not, they are called the same."""
@@ -152,9 +154,9 @@ class Network:
                 f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module, or say with "
                 f"`output=` which are the logits."
             )
-        # One sum says whether all is finite; only a sum that overflowed needs a closer look.
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        if not outputs.sum().isfinite() and not torch.isfinite(outputs).all():
+        if outputs.dtype.itemsize < 4:
+            outputs = outputs.float()
+        if not all_finite(outputs):
             raise ValueError(
                 "`model` returned NaN or infinite logits. Check its weights and the input scale."
             )
@@ -206,7 +208,9 @@ class Network:
             readers: See `__call__`.
         """
         self._notice()
-        with self._view() as view, torch.inference_mode(False), torch.no_grad():
+        # Entering a mode takes longer than many a small network.
+        inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else ALWAYS
+        with self._view() as view, inference, torch.no_grad():
             view.refresh_buffers()
             with view.read_by(readers or {}):
                 yield view.module
@@ -264,7 +268,7 @@ class Network:
 
     def attention(self) -> AbstractContextManager[Any]:
         """What attention of the model needs to run under: its fast path skips hooks."""
-        return DifferentiableAttention() if self._fused else nullcontext()
+        return DifferentiableAttention() if self._fused else ALWAYS
 
     # What may happen to the user's model meanwhile
 
@@ -285,10 +289,13 @@ class Network:
         self._plain = None
         self._working: dict[tuple[object, ...], int] = {}
         self._overwrites = True
+        self._first = self._find_first_tensor()
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        self._one_dtype = len(dtypes) == 1
         self._lock = None if _can_be_copied(self.model) else threading.RLock()
         self._fused = any(isinstance(module, FUSED) for module in self.model.modules())
 
-    def _first_tensor(self) -> Tensor:
+    def _find_first_tensor(self) -> Tensor:
         for tensors in (self.model.parameters(), self.model.buffers()):
             for tensor in tensors:
                 if tensor.is_floating_point():

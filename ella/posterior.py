@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,6 +146,7 @@ class GaussianPosterior:
 
     eigenvalues: Tensor
     eigenvectors: Tensor
+    _kept: dict[str, tuple[object, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_curvature(cls, matrix: Tensor) -> "GaussianPosterior":
@@ -161,10 +162,18 @@ class GaussianPosterior:
 
     def condition(self, prior: LogitGaussian, prior_precision: float) -> LogitGaussian:
         """The Gaussian over the logits of n examples at δ, from the prior at δ = 1."""
-        # Rotated and scaled in float64, then one product in the model's dtype.
-        whiten = self.eigenvectors / (self.eigenvalues + prior_precision).sqrt()
+        whiten = self._whitening(prior_precision, prior.factor)
         outside = None if prior.residual is None else prior.residual / prior_precision
-        return LogitGaussian(prior.mean, prior.factor @ whiten.to(prior.factor), outside)
+        return LogitGaussian(prior.mean, prior.factor @ whiten, outside)
+
+    def _whitening(self, prior_precision: float, like: Tensor) -> Tensor:
+        """Q(Λ + δ)^{-1/2}, scaled in float64; that of the last δ is kept, as servers use one."""
+        key = (prior_precision, like.dtype, like.device)
+        kept = self._kept.get("whitening")
+        if kept is None or kept[0] != key:
+            whiten = self.eigenvectors / (self.eigenvalues + prior_precision).sqrt()
+            kept = self._kept["whitening"] = (key, whiten.to(like))
+        return kept[1]
 
     def log_determinant_ratio(self, prior_precision: float) -> float:
         """Log det (G/δ + I): how much the data narrowed the posterior against the prior."""

@@ -238,7 +238,8 @@ class Predictive(ABC):
         self, x: Inputs | Loader, link: Link, then: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """The response averaged over the posterior, shape (n, c), or what follows from it."""
-        certain = self._require_fitted().temperature == 0  # no posterior: links only approximate
+        chosen = self._require_fitted()
+        certain = chosen.temperature == 0  # no posterior: links only approximate
 
         def average(gaussian: LogitGaussian) -> Tensor:
             if certain:
@@ -247,17 +248,17 @@ class Predictive(ABC):
 
         found = []
         for inputs in self._input_batches(x):
-            rows = torch.cat([average(gaussian) for gaussian in self._gaussians_of(inputs)])
+            rows = _cat([average(gaussian) for gaussian in self._gaussians_of(inputs, chosen)])
             found.append(self._laid_out(rows if then is None else then(rows), inputs))
-        return torch.cat(found)
+        return _cat(found)
 
     def _gaussians(self, x: Inputs | Loader) -> Iterator[LogitGaussian]:
         """The final Gaussian over the outputs, piece by piece."""
-        for inputs in self._input_batches(x):
-            yield from self._gaussians_of(inputs)
-
-    def _gaussians_of(self, inputs: Inputs) -> Iterator[LogitGaussian]:
         chosen = self._require_fitted()
+        for inputs in self._input_batches(x):
+            yield from self._gaussians_of(inputs, chosen)
+
+    def _gaussians_of(self, inputs: Inputs, chosen: Hyperparameters) -> Iterator[LogitGaussian]:
         for piece in self._pieces(inputs):
             evaluation = self._evaluate_at(piece, chosen.unit_precision(self.likelihood))
             yield chosen.gaussian(evaluation.gaussian, self.likelihood)
@@ -344,3 +345,7 @@ class Predictive(ABC):
                 f"More validation data may settle it.",
                 stacklevel=3,
             )
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

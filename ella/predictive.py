@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+KEPT_NUMBERS = 2**17
+"""Draws of up to this many numbers are kept for the next call: a server draws the same again."""
 
 Response = Callable[[Tensor, int], Tensor]
 """What outputs say of an observation, such as softmax: `(outputs, axis of the outputs)`."""
@@ -66,17 +70,16 @@ class LogitGaussian:
         covariance = self.factor @ self.factor.mT
         if self.residual is None:
             return covariance
-        return covariance + (
-            self.residual if self.residual.ndim == 3 else torch.diag_embed(self.residual)
-        )
+        if self.residual.ndim == 3:
+            return covariance + self.residual
+        covariance.diagonal(dim1=1, dim2=2).add_(self.residual)
+        return covariance
 
     def tempered(self, temperature: float, logit_temperature: float) -> "LogitGaussian":
         r"""The Gaussian :math:`N(m/τ, T (F F^\top + D)/τ^2)`, T and τ being the arguments."""
         scale = math.sqrt(temperature) / logit_temperature
         residual = None if self.residual is None else self.residual * scale**2
-        return replace(
-            self, mean=self.mean / logit_temperature, factor=self.factor * scale, residual=residual
-        )
+        return LogitGaussian(self.mean / logit_temperature, self.factor * scale, residual)
 
     def compressed(self) -> "LogitGaussian":
         """The same Gaussian with a (c, c) factor and no residual, if that is smaller.
@@ -91,12 +94,12 @@ class LogitGaussian:
         # Half precision has no Cholesky factorisation.
         wide = torch.promote_types(self.factor.dtype, torch.float32)
         covariance = self.covariance().to(wide)
-        scale = covariance.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
-        jitter = 1e-6 * scale.clamp_min(torch.finfo(scale.dtype).tiny * 1e8)
-        eye = torch.eye(c, dtype=scale.dtype, device=scale.device)
-        factor, info = torch.linalg.cholesky_ex(covariance + jitter * eye)
+        diagonal = covariance.diagonal(dim1=1, dim2=2)
+        tiny = torch.finfo(wide).tiny * 1e14
+        diagonal += (1e-6 * diagonal.amax(-1, keepdim=True)).clamp_min_(tiny)
+        factor, info = torch.linalg.cholesky_ex(covariance)
         if info.any():
-            factor = _root(covariance)
+            factor = _root(self.covariance().to(wide))
         return LogitGaussian(self.mean, factor.to(self.factor.dtype))
 
     def sample(self, num_samples: int, seed: int = 0) -> Tensor:
@@ -116,9 +119,8 @@ class LogitGaussian:
     def deviations(self, num_samples: int, seed: int = 0) -> Tensor:
         """Draws minus their mean, shape (num_samples, c, n); see `sample`."""
         n, c, k = self.factor.shape
-        # In float64 on the CPU, so that one seed means the same draws on every device.
         extra_dims = 0 if self.residual is None else c
-        normals = _standard_normals(num_samples, k + extra_dims, seed).to(self.factor)
+        normals = _normals_like(self.factor, num_samples, k + extra_dims, seed)
         draws = (normals[:, :k] @ self.factor.permute(2, 1, 0).reshape(k, c * n)).view(-1, c, n)
         if self.residual is None:
             return draws
@@ -126,6 +128,22 @@ class LogitGaussian:
         if root.ndim == 2:
             return draws.addcmul_(root.T, extra.unsqueeze(-1))
         return draws.add_(torch.einsum("ncd,sd->scn", root, extra))
+
+
+def _normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:
+    """Standard normals in the dtype and on the device of a tensor; not to be written into."""
+    if num_samples * dim > KEPT_NUMBERS:
+        return _standard_normals(num_samples, dim, seed).to(like)
+    return _kept_normals(num_samples, dim, seed, like.dtype, like.device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _kept_normals(
+    num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    # In float64 on the CPU, so that one seed means the same draws on every device.
+    return _standard_normals(num_samples, dim, seed).to(device, dtype)
 
 
 def _standard_normals(num_samples: int, dim: int, seed: int) -> Tensor:

@@ -91,7 +91,9 @@ class NeuralFeatures:
     def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
         logits, activations = self.taps(x)
-        phi = self.basis.features(x if self.made.reads == "inputs" else activations)
+        phi = self.basis.scaled(
+            self.basis.network(x if self.made.reads == "inputs" else activations)
+        )
         residual = None if self.residual is None else self.residual(activations)
         return LogitGaussian(logits, phi, residual)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ella.spectral.laplacian import Jet
 
@@ -102,11 +103,22 @@ class ResidualMLP(nn.Module):
         """Values of shape (n, *shape)."""
         x = (features - self.mean) / self.scale
         if self.first is not None:
-            x = self.first(x)
-        out = self.linear(x)
-        if self.mlp is not None:
-            out = out + self.mlp(x)
-        return out.unflatten(-1, self.shape)
+            x = F.linear(x, self.first.weight, self.first.bias)
+        linear, mlp = self.linear, self.mlp
+        out = F.linear(x, linear.weight, linear.bias)
+        if mlp is not None:
+            out = out + (mlp(x) if self.training else _without_dropout(mlp, x))
+        return out.view(-1, *self.shape)
+
+
+def _without_dropout(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """A perceptron in evaluation mode; calls of its modules would take half of the time."""
+    for layer in mlp._modules.values():
+        if isinstance(layer, nn.Linear):
+            x = F.linear(x, layer.weight, layer.bias)
+        elif isinstance(layer, nn.GELU):
+            x = F.gelu(x)
+    return x
 
 
 def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
