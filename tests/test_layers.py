@@ -30,6 +30,7 @@ ORDER = (
     "baselines",
     "formats",
     "estimator",
+    "sklearn",
 )
 PATHS = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
