@@ -41,6 +41,7 @@ ORDER = (
     "fitted",
     "formats",
     "estimator",
+    "sklearn",
 )
 PATHS = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
