@@ -13,9 +13,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from ella.batches import Batches, Loader
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.estimator import ELLA
-from ella.inputs import Loader, slices
+from ella.inputs import slices
 from ella.likelihoods import Bernoulli, Discrete, Likelihood, as_likelihood
 from ella.linearize import Linearized
 from ella.network import Network
@@ -297,7 +298,7 @@ class AtMost:
     wanted: NeuralEF
 
     def fit(
-        self, linearized: Linearized, loader: Loader, *, seed: int, progress: bool
+        self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
     ) -> Eigenfunctions:
         """See `EigenfunctionMethod.fit`."""
         any_rank = replace(self.wanted, rank=1)
