@@ -70,6 +70,11 @@ class Tap:
         active = flat.sign().clamp_(min=0).mean(-1)
         return torch.cat([means, spread, active], dim=1)
 
+    def fits(self, activation: Tensor, n: int) -> bool:
+        """Whether its axis can hold n examples."""
+        shape = activation.shape
+        return len(shape) > max(1, self.axis) and n > 0 and shape[self.axis] % n == 0
+
     def at_rows(self, activation: Tensor, rows: Rows, positions: tuple[int, ...]) -> Tensor:
         """Activations at positions of the outputs, shape (m, d); vectors are repeated.
 
@@ -196,7 +201,8 @@ class FeatureTaps:
                 for i in indices:
                     tap = self.taps[i]
                     value = first_tensor(args if tap.side == "input" else output)
-                    if value is None:
+                    if value is None or not tap.fits(value, n):
+                        pooled.pop(i, None)  # a module may run several times; the last counts
                         continue
                     if isinstance(x, Rows):
                         pooled[i] = tap.at_rows(value, x, positions)

@@ -94,6 +94,16 @@ class Batches:
         for batch in self._each():
             yield self._admitted(self._split(batch, labels=False)[0])[0]
 
+    def first(self) -> tuple[Inputs, Tensor]:
+        """The first labelled batch."""
+        found = next(self.labelled())
+        self.end()
+        return found
+
+    def end(self) -> None:
+        """Errors that follow are not about the batch that came last."""
+        self._number = None
+
     @contextmanager
     def named(self) -> Iterator["Batches"]:
         """Put the number of the batch at hand before errors of data, also those of its users."""
@@ -113,7 +123,7 @@ class Batches:
         for number, batch in enumerate(self.loader):
             empty, self._number = False, number
             yield batch
-        self._number = None
+        self.end()
         if empty:
             raise ValueError("The loader is empty: expected at least one batch.")
 

@@ -147,8 +147,10 @@ class Predictor(Predictive):
 
     def _check_first_batch(self, batches: Batches) -> None:
         """Fail on wrong labels before the long part, not after it."""
-        x, y = next(iter(batches.labelled()))
-        self.likelihood.check(y, self.network(x).shape[1])
+        for x, y in batches.labelled():
+            self.likelihood.check(y, self.network(x).shape[1])
+            break
+        batches.end()
         hint_about_model(self.network, x, self.likelihood)
 
     def _set_fitted(self, hyperparameters: Hyperparameters) -> None:

@@ -40,7 +40,7 @@ class LastLayer:
         Raises:
             ValueError: If the model's outputs are not those of a trainable `nn.Linear`.
         """
-        x, _ = next(as_batches(loader, linearized.network).labelled())
+        x, _ = as_batches(loader, linearized.network).first()
         name = last_linear(linearized.network, x)
         if name is None:
             raise ValueError(

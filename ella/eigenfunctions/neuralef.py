@@ -59,7 +59,7 @@ class NeuralEF:
        ("diag"), or a factor L with R = LLᵀ ("factor").
 
     After `fit` no Jacobian is needed, and nothing of size p is kept. Memory while fitting:
-    num_inputs·q·num_directions numbers for S, q being c, or 16 where c is more than
+    num_inputs·q·num_directions numbers for S, q being c, or 8 where c is more than
     num_directions + 64; num_inputs·c² for the blocks κ(x, x) where half of the memory budget holds
     a Jacobian c·p; num_directions·p for rows where four times the budget holds them, else p +
     5096·4096 for a sketch of them; plus one chunk, or one row.
@@ -210,6 +210,7 @@ class NeuralEF:
             if self.augment is None or count == before:
                 break
             plain = 0
+        batches.end()
         return Collection.of(parts)
 
     def _fed(self, sample: KernelSample) -> Tensor:

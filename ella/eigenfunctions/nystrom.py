@@ -100,11 +100,13 @@ class Nystrom:
         """The first `subsample` inputs, or all of them, in batches."""
         parts: list[Inputs] = []
         missing = self.subsample
-        for x, _ in as_batches(loader, linearized.network).labelled():
+        batches = as_batches(loader, linearized.network)
+        for x, _ in batches.labelled():
             parts.append(take(x, slice(missing)))
             missing -= num_examples(parts[-1])
             if missing <= 0:
                 break
+        batches.end()
         return parts
 
     @staticmethod

@@ -22,7 +22,7 @@ TOP_EIGENVALUE = 10.0
 """The kernel is rescaled so that its largest eigenvalue is this while networks train on it."""
 MOST_OUTPUTS = 64
 """With this many outputs more than directions, some rows of each input stand for all."""
-SAMPLED_OUTPUTS = 16
+SAMPLED_OUTPUTS = 8
 """How many they are."""
 AT_ONCE = 256
 """Inputs between two steps of the progress bar."""
