@@ -126,9 +126,9 @@ TIMM = {
     "repvgg_a0": ("reparametrized", 32, {}),
     "mobileone_s0": ("reparametrized", 32, {}),
     "fastvit_t8": ("hybrid", 64, {}),
-    "convmixer_768_32": ("mixer", 28, {"depth": 2, "dim": 32}),
-    "mixer_s32_224": ("mixer", 32, {"img_size": 32, "num_blocks": 2, "embed_dim": 32}),
-    "gmlp_s16_224": ("mixer", 32, {"img_size": 32, "num_blocks": 2, "embed_dim": 32}),
+    "convmixer_768_32": ("mixer", 32, {}),
+    "mixer_s32_224": ("mixer", 32, {"img_size": 32}),
+    "gmlp_s16_224": ("mixer", 32, {"img_size": 32}),
     "vit_tiny_patch16_224": ("vision transformer", 32, {"img_size": 32, "depth": 3}),
     "deit_tiny_distilled_patch16_224": (
         "vision transformer, distilled",
@@ -169,8 +169,8 @@ TIMM = {
     "eva02_tiny_patch14_224": ("rotary positions", 28, {"img_size": 28, "depth": 2}),
 }
 LIGHT_TIMM = (
-    *("resnet10t", "ghostnet_050", "tinynet_e", "lcnet_050", "convmixer_768_32", "mixer_s32_224"),
-    *("gmlp_s16_224", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    *("ghostnet_050", "tinynet_e", "lcnet_050"),
+    *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
     *("beit_base_patch16_224", "xcit_nano_12_p8_224", "convit_tiny", "mobilevitv2_050"),
     *("eva02_tiny_patch14_224", "starnet_s1"),
 )
@@ -321,8 +321,6 @@ def transformers_entries() -> list[Entry]:
             f"text: {family}",
             made(TEXT_CLASSES.get(name, name), TEXT, options),
             texts(mask=name != "FNet"),
-            heavy=name
-            not in ("Bert", "DistilBert", "Albert", "GPT2", "Llama", "Roberta", "Electra"),
         )
         for name, (family, options) in TRANSFORMERS.items()
     ]
@@ -378,7 +376,6 @@ def transformers_entries() -> list[Entry]:
             lambda n, g, size=64 if name == "MobileViT" else 32: {
                 "pixel_values": torch.randn(n, 3, size, size, generator=g)
             },
-            heavy=name not in ("ViT", "Swin", "ConvNext"),
         )
         for name, options in vision.items()
     ]
@@ -389,7 +386,6 @@ def transformers_entries() -> list[Entry]:
             "sound",
             made(name, TEXT, AUDIO),
             waves(800),
-            name != "Wav2Vec2",
         )
         for name in ("Wav2Vec2", "Hubert", "WavLM")
     ]

@@ -45,7 +45,7 @@ HEAVY: dict[str, Any] = {
     "LastLayer": LastLayer(residual="none"),
 }
 """For models whose Jacobians take seconds: fewer of them, and no residual of exact products."""
-TOLERANCE = 2e-3
+TOLERANCE = 1e-2
 PACKAGE = str(Path(ella.__file__).parent)
 
 
@@ -124,7 +124,7 @@ def go_all_the_way(entry: Entry, method: Any, folder: Path) -> ELLA:  # noqa: AN
         assert torch.isfinite(score).all(), name
     fitted.save(folder / "ella")
     again = ELLA.load(folder / "ella", made(entry), progress=False)
-    assert torch.equal(again.predict_proba(x), probs), "a loaded file predicts something else"
+    check_close(again.predict_proba(x), probs, "predictions of a loaded file")
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert traces(model) == before, "the model was touched"
     return fitted
@@ -194,11 +194,8 @@ def run_all(settings: Settings, path: Path) -> list[dict[str, Any]]:
             for name in METHODS:
                 key = (library, entry.name, name)
                 if key not in known:
-                    try:
-                        known[key] = described(entry, name)
-                        print(known[key], flush=True)
-                    except Exception as error:
-                        print("XXX", key, repr(error)[:300], flush=True)
+                    known[key] = described(entry, name)
+                    print(known[key], flush=True)
             save_results(path, {}, list(known.values()))
     return list(known.values())
 

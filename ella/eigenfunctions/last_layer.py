@@ -38,7 +38,8 @@ class LastLayer:
         """See `EigenfunctionMethod.fit`. One batch is looked at, to find the layer.
 
         Raises:
-            ValueError: If the model's outputs are not those of a trainable `nn.Linear`.
+            ValueError: If the model's outputs are not those of a trainable `nn.Linear`, or half of
+                the memory budget does not hold the k×k matrix G.
         """
         x, _ = as_batches(loader, linearized.network).first()
         name = last_linear(linearized.network, x)
@@ -47,7 +48,15 @@ class LastLayer:
                 "LastLayer needs a model whose outputs come straight from an nn.Linear. Use "
                 "NeuralEF or Nystrom instead."
             )
-        return LastLayerFeatures(linearized, name, self.residual)
+        found = LastLayerFeatures(linearized, name, self.residual)
+        if 16 * found.rank**2 > linearized.memory_budget:
+            raise ValueError(
+                f"LastLayer has k = c·(d + 1) = {found.rank:,} eigenfunctions here, and a k×k "
+                f"matrix of {8 * found.rank**2 / 2**30:.1f} GiB exceeds half of the memory "
+                f"budget. Raise `memory_budget`, or use NeuralEF, Nystrom, or "
+                f'baselines.LastLayerLaplace(structure="kron").'
+            )
+        return found
 
     def restore(
         self, network: Network, state: State, *, trainable: tuple[str, ...], memory_budget: int
