@@ -1,6 +1,6 @@
 """Put the tables of the result files into the READMEs: no number there is typed by hand.
 
-    python experiments/tables.py           # rewrite the three READMEs
+    python experiments/tables.py           # rewrite the pages
     python experiments/tables.py --check   # fail if they are out of date
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` gets the table of
@@ -27,6 +27,7 @@ from _report import (
     markdown_table,
 )
 from _study import TABLES, Study, draw
+from models import large_table, model_table
 from small_validation import table as small_validation_table
 
 FIGURE_METHODS = (
@@ -40,11 +41,16 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "uci": uci_table,
     "toy": toy_table,
     "small-validation": small_validation_table,
+    "models": model_table,
+    "models-large": large_table,
 }
 """Tables that are not one row for each method."""
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
-PAGES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", SPECTRAL / "README.md")
+PAGES = (
+    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", EXPERIMENTS / "models.md"),
+    SPECTRAL / "README.md",
+)
 BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

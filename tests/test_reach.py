@@ -11,6 +11,7 @@ from torch import nn
 
 from ella import ELLA, Categorical, LastLayer, NeuralEF, Nystrom, Training
 from ella.baselines import MAP, TemperatureScaling
+from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Rows
 from ella.linearize import Linearized
 from ella.network import Network
@@ -321,6 +322,125 @@ def test_ignored_labels_are_named(tmp_path):
     x, y = segmentation()
     with pytest.raises(ValueError, match=r"must lie in 0..2.*ignore_index"):
         ELLA(made(Segmenter), **QUIET).fit(loader_of(x, y, 6))
+
+
+# Any size
+
+
+@pytest.mark.parametrize("p", [10, 4096, 5000, 3 * 256 * 8 + 5])
+def test_a_sketch_adds_signed_weights(p):
+    rows, signs = normal(2, 3, p), random_signs(p, 0, torch.device("cpu"))
+    expected = torch.zeros(2, 3, 8)
+    for j in range(p):
+        expected[..., j % 8] += signs[j] * rows[..., j]
+    torch.testing.assert_close(folded(rows, signs, 8), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(random_signs(p, 0, torch.device("cpu")), signs)
+
+
+def test_sketched_products_are_right_on_average():
+    a, b = normal(2, 500, seed=1)
+    found = []
+    for seed in range(400):
+        left, right = (folded(v, random_signs(500, seed, v.device), 64) for v in (a, b))
+        found.append(left @ right)
+    found = torch.stack(found)
+    assert (found.mean() - a @ b).abs() < 4 * found.std() / 20
+
+
+def wide(c=CLASSES):
+    return nn.Sequential(
+        nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, c)
+    )
+
+
+def test_rows_that_do_not_fit_are_sketched():
+    """A budget too small for one Jacobian still fits, near what stored rows give."""
+    method = NeuralEF(
+        rank=8, num_inputs=200, num_directions=32, width=32, teacher=Training(steps=300)
+    )
+    x, y = normal(200, 4, seed=4), torch.arange(200) % CLASSES
+    loader = loader_of(x, y, 50)
+    model = made(wide)
+    errors = {}
+    for name, budget in (("stored", 2**30), ("sketched", 2**11)):
+        linearized = Linearized(model, memory_budget=budget)
+        sample = method.sample(linearized, loader, seed=0, progress=False)
+        assert (sample.blocks is None) == (name == "sketched")
+        half = x.shape[0] // 2  # as they are, not augmented
+        inside = sample.kernel_features[:half] / sample.scale
+        known = sample.inputs.parts[0][:half]
+        blocks = Linearized(model).kernel_blocks(known)
+        errors[name] = ((inside @ inside.mT - blocks).norm() / blocks.norm()).item()
+        ella = ELLA(model, eigenfunctions=method, memory_budget=budget, **QUIET).fit(loader)
+        assert ella.predict_proba(X).shape == (N, CLASSES)
+    assert errors["sketched"] < max(2 * errors["stored"], 0.2)
+
+
+def test_of_many_outputs_some_stand_for_all():
+    """Sampled outputs give nearly the variance that all give, and the same logits."""
+    c = 100
+    x, y = normal(300, 4, seed=4), torch.arange(300) % c
+    loader, model = loader_of(x, y, 50), made(lambda: wide(c))
+    small = {"rank": 8, "num_inputs": 300, "width": 64, "augment": None}
+    teacher = Training(steps=600)
+    exact = Linearized(model).kernel_diagonal(x)
+    found = {}
+    for name, directions in (("all", 60), ("some", 30)):
+        method = NeuralEF(num_directions=directions, teacher=teacher, **small)
+        sample = method.sample(Linearized(model), loader, seed=0, progress=False)
+        assert (sample.outputs is None) == (name == "all")
+        prior = method.learn(sample, seed=0, progress=False)(x)
+        assert prior.factor.shape == (300, c, 8)
+        torch.testing.assert_close(prior.mean, model(x).detach())
+        found[name] = (prior.variance() / exact).log().abs().mean().item()
+    assert found["some"] < found["all"] + 0.25
+
+
+def test_last_layers_that_do_not_fit_are_refused_at_once():
+    model = nn.Sequential(nn.Linear(4, 3000), nn.ReLU(), nn.Linear(3000, CLASSES))
+    with pytest.raises(ValueError, match=r"k = c·\(d \+ 1\) = 9,003 .*`memory_budget`"):
+        ELLA(model, eigenfunctions=LastLayer(), **QUIET).fit(LOADER)
+
+
+def test_trained_digits_stay_calibrated_and_epistemic(tmp_path):
+    """On held-out digits ECE is not above the model's, and its uncertainty of weights is alive."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = (torch.tensor(part) for part in datasets.load_digits(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order].float() / 16, y[order]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[:200]), y[:200]).backward()
+            optimizer.step()
+    method = NeuralEF(rank=16, num_inputs=600, num_directions=64, teacher=Training(steps=300))
+    ella = ELLA(model, eigenfunctions=method, **QUIET).fit(loader_of(x[:200], y[:200], 50))
+    ella.calibrate(loader_of(x[200:500], y[200:500], 100))
+    plain = MAP(model, **QUIET).fit(loader_of(x[:200], y[:200], 50))
+    test_x, test_y = x[500:], y[500:]
+    eces = [calibration_error(m.predict_proba(test_x), test_y) for m in (ella, plain)]
+    assert eces[0] <= eces[1]
+    scores = ella.uncertainty(test_x)
+    noise = ella.uncertainty(torch.rand(300, 64, generator=torch.Generator().manual_seed(1)))
+    for name in ("mutual_information", "logit_variance"):
+        assert getattr(scores, name).std() > 0
+        assert getattr(noise, name).mean() > getattr(scores, name).mean()
+
+
+def calibration_error(probs, y, bins=15):
+    """Mean gap between confidence and accuracy over equal bins of confidence."""
+    confidence, predicted = probs.max(1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    right = (predicted == y).double()
+    gaps = [
+        (which == b).sum() * (right[which == b].mean() - confidence[which == b].mean()).abs()
+        for b in range(bins)
+        if (which == b).any()
+    ]
+    return float(sum(gaps) / len(y))
 
 
 # Serving

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ella.collection import Collection
+from ella.inputs import slices
 from ella.linearize import Linearized
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
@@ -15,6 +16,8 @@ log = logging.getLogger("ella")
 
 SKETCH_SIZE = 4096
 """Numbers that a row of the Jacobian is folded to where rows are too long to be kept."""
+FOLDS_AT_ONCE = 256
+"""Folds of a row that are signed and added at a time."""
 SKETCHED_INPUTS = 1000
 """Inputs whose sketched rows the leading directions are found from."""
 
@@ -84,10 +87,12 @@ def random_signs(p: int, seed: int, device: torch.device) -> Tensor:
 
 def folded(rows: Tensor, signs: Tensor, size: int) -> Tensor:
     """The count sketch of rows (..., p): weight j, with its sign, is added to number j mod s."""
-    signed = rows * signs
-    whole = signed.shape[-1] // size * size
-    found = signed[..., :whole].unflatten(-1, (-1, size)).sum(-2)
-    found[..., : signed.shape[-1] - whole] += signed[..., whole:]
+    found = rows.new_zeros(*rows.shape[:-1], size)
+    for part in slices(rows.shape[-1], FOLDS_AT_ONCE * size):  # in the cache, without a copy
+        signed = rows[..., part] * signs[part]
+        whole = signed.shape[-1] // size * size
+        found += signed[..., :whole].unflatten(-1, (-1, size)).sum(-2)
+        found[..., : signed.shape[-1] - whole] += signed[..., whole:]
     return found
 
 
