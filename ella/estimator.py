@@ -159,7 +159,7 @@ class ELLA(Predictor):
         fit = Fit.of(found, sums, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
-            precision = sums.prior_variance / sums.num_examples
+            precision = sums.unit_precision()
         start = self._started(precision, self.likelihood.initial_scale(sums.statistics))
         if self.likelihood.scale == "logit_temperature":
             start = replace(start, logit_temperature=self.logit_temperature)

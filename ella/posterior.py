@@ -73,6 +73,21 @@ class TrainingSums:
             round(self.num_examples * factor),
         )
 
+    def unit_precision(self) -> float:
+        """δ at which the prior standard deviation of an output is 1 on these data.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        precision = self.prior_variance / self.num_examples
+        if not 0 < precision < math.inf:
+            raise ValueError(
+                f"The variance that weights of unit variance give the outputs is {precision}, so "
+                f"that no prior precision makes sense. Are the weights trained, and inputs scaled "
+                f"as they were in training? Else pass `prior_precision`."
+            )
+        return precision
+
     def state(self) -> State:
         """What `restore` takes."""
         numbers = {"prior_variance": self.prior_variance, "num_examples": self.num_examples}

@@ -1,6 +1,7 @@
 """Half precision, wrappers, frozen models, outputs for every position, and serving."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Rows
 from ella.linearize import Linearized
 from ella.network import Network
+from ella.predictive import LogitGaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
 
@@ -394,6 +396,29 @@ def test_of_many_outputs_some_stand_for_all():
         torch.testing.assert_close(prior.mean, model(x).detach())
         found[name] = (prior.variance() / exact).log().abs().mean().item()
     assert found["some"] < found["all"] + 0.25
+
+
+class Nothing:
+    """A method whose eigenfunctions and residual are all the same number."""
+
+    rank = 1
+
+    def __init__(self, value):
+        self.value = value
+
+    def fit(self, linearized, loader, *, seed, progress):
+        self.network = linearized.network
+        return self
+
+    def __call__(self, x):
+        mean = self.network(x)
+        return LogitGaussian(mean, torch.zeros(*mean.shape, 1), torch.full_like(mean, self.value))
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf])
+def test_a_kernel_of_nothing_or_of_infinity_is_an_error_that_helps(value):
+    with pytest.raises(ValueError, match=r"no prior precision makes sense"):
+        ELLA(made(mlp), eigenfunctions=Nothing(value), **QUIET).fit(LOADER)
 
 
 def test_last_layers_that_do_not_fit_are_refused_at_once():
