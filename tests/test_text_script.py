@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ella import ELLA, NeuralEF, Nystrom, Training
-from ella.activations import FeatureTaps, choose_taps
+from ella.activations import FeatureTaps
+from ella.choosing import choose_taps
 from ella.linearize import Linearized
 from ella.network import Network
 
