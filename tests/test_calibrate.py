@@ -271,6 +271,7 @@ def model_and_data(n=400):
     return model, x, drawn(model(x).softmax(-1).detach(), seed=4)
 
 
+@pytest.mark.filterwarnings("ignore:calibrate was given training data")
 @pytest.mark.parametrize(
     ("link", "n_samples"),
     [("mc", 16), ("probit", 64), ("bridge", 64), (Probit(), 64), (MonteCarlo(8, seed=5), 64)],
