@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella.inputs import Inputs, Rows, attention_mask, num_examples
+from ella.inputs import Inputs, Rows, attention_mask, model_inputs, num_examples
 from ella.network import Network
 from ella.saving import State
 from ella.views import Reader
@@ -175,8 +175,8 @@ class FeatureTaps:
         self.taps = taps
         modules = {name for name, _ in network.model.named_modules()}
         self._places: dict[str, list[int]] = {}
-        for i, tap in enumerate(taps):
-            (name,) = network.named([tap.module]) if tap.module not in modules else (tap.module,)
+        names = network.named(tap.module for tap in taps)
+        for i, (tap, name) in enumerate(zip(taps, names, strict=True)):
             if name not in modules:
                 raise ValueError(f"The model has no module named {tap.module!r} to read.")
             self._places.setdefault(name, []).append(i)
@@ -184,15 +184,16 @@ class FeatureTaps:
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
         logits, pooled = self.each(x)
-        missing = [i for i in range(len(self.taps)) if i not in pooled]
-        for i in missing:
-            pooled[i] = self._nothing(self.taps[i], logits)
-        return logits, torch.cat([*(pooled[i] for i in range(len(self.taps))), logits], dim=1)
+        read = [
+            pooled[i] if i in pooled else self._nothing(tap, logits)
+            for i, tap in enumerate(self.taps)
+        ]
+        return logits, torch.cat([*read, logits], dim=1)
 
     def each(self, x: Inputs) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits, and what was read by every tap whose module ran."""
         pooled: dict[int, Tensor] = {}
-        mask, n = attention_mask(x), num_examples(x.inputs if isinstance(x, Rows) else x)
+        mask, n = attention_mask(x), num_examples(model_inputs(x))
         positions = self.network.layout(x).positions if isinstance(x, Rows) else ()
 
         def reader(indices: list[int]) -> Reader:

@@ -17,8 +17,6 @@ Loader = Iterable[object]
 Split = Callable[[Any], tuple[Any, Any]]
 """What tells inputs and labels of an unusual batch apart: `batch` ↦ `(x, y)`; y may be None."""
 
-MANY = object()
-
 View = Callable[[Inputs, Tensor, int], tuple[Inputs, Tensor]]
 
 LABEL_KEYS = ("labels", "label", "y", "target", "targets")
@@ -59,7 +57,6 @@ class Batches:
             )
         self.loader, self.device, self.dtype = loader, device, dtype
         self.split, self.view = split, view
-        self.one_label: object = None
         self._number: int | None = None
 
     def labelled(self) -> Iterator[tuple[Inputs, Tensor]]:
@@ -79,15 +76,7 @@ class Batches:
             if self.view is not None:
                 x, y = self.view(x, y, self._number or 0)
             if len(y):
-                self._note_labels(y)
                 yield x, y
-
-    def _note_labels(self, y: Tensor) -> None:
-        """`one_label` is the label that all had so far, `MANY` if they differ."""
-        if self.one_label is not MANY:
-            first = y.flatten()[0]
-            alike = bool((y == first).all()) and self.one_label in (None, first.item())
-            self.one_label = first.item() if alike else MANY
 
     def inputs(self) -> Iterator[Inputs]:
         """Inputs; labels, if any, are left out. See `labelled`."""

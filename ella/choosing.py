@@ -22,7 +22,7 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.inst
 FEW, MORE = 3, 5
 """Two numbers of examples: what has an axis that grows from one to the other follows the batch."""
 TOLERANCE = 1e-3
-"""Relative differences up to this are rounding; times ten for half precision."""
+"""Relative differences up to this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,16 @@ def last_linear(network: Network, x: Inputs) -> str | None:
 
 
 def _examples(x: Inputs, n: int) -> Inputs:
-    """N examples, some of them again if there are fewer."""
-    device = input_tensors(x)[0].device
-    again = torch.arange(n, device=device) % num_examples(x)
+    """As many examples, some of them again if there are fewer."""
+    return _picked(x, torch.arange(n, device=input_tensors(x)[0].device) % num_examples(x))
+
+
+def _picked(x: Inputs, index: Tensor) -> Inputs:
+    """Some examples, or some rows with an input of its own for each."""
     if isinstance(x, Rows):
-        inputs = take(x.inputs, x.example[again])
-        return Rows(inputs, torch.arange(n, device=device), x.position[again])
-    return take(x, again)
+        inputs = take(x.inputs, x.example[index])
+        return Rows(inputs, torch.arange(len(index)).to(index), x.position[index])
+    return take(x, index)
 
 
 def _noted(
@@ -140,13 +143,11 @@ def _activations(network: Network, x: Inputs, channels_first: bool) -> list[Acti
     is returned with something else, as by attention or an LSTM, counts where there is nothing
     else with positions.
     """
-    few = dict(_shapes(network, _examples(x, FEW))[1])
-    logits, more = _shapes(network, _examples(x, MORE))
-    values = _values(network, _examples(x, MORE))
+    few, more = (_returned(network, _examples(x, n)) for n in (FEW, MORE))
     seen = []
-    for name, shape in more.items():
-        axis = _batch_axis(few.get(name, ()), shape)
-        if axis is None or name not in values:
+    for name, shape in more.shapes.items():
+        axis = _batch_axis(few.shapes.get(name, ()), shape)
+        if axis is None:
             continue
         parts = shape[axis] // MORE
         rest = tuple(length for i, length in enumerate(shape) if i != axis)
@@ -154,10 +155,12 @@ def _activations(network: Network, x: Inputs, channels_first: bool) -> list[Acti
         if parts > 1:
             one = (rest[0], parts, *rest[1:]) if channels_first else (parts, *rest)
         useful = len(one) == 1 or (len(one) > 1 and torch.Size(one[1:]).numel() > 1)
-        if not useful or one == tuple(logits.shape[1:]) or (len(one) == 1 and one[0] > MAX_WIDTH):
+        too_wide = len(one) == 1 and one[0] > MAX_WIDTH
+        if not useful or too_wide or one == tuple(more.logits.shape[1:]):
             continue
         tap = Tap(name, "output", channels_first, axis)
-        seen.append(Activation(tap, one, abs(values[name]), values[name] > 0, parts))
+        value = more.values[name]
+        seen.append(Activation(tap, one, abs(value), value > 0, parts))
     by_themselves = [each for each in seen if each.by_itself]
     return by_themselves if any(len(each.shape) > 1 for each in by_themselves) else seen
 
@@ -172,26 +175,25 @@ def _batch_axis(few: tuple[int, ...], more: tuple[int, ...]) -> int | None:
     return grown[0]
 
 
-def _shapes(network: Network, x: Inputs) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
-    """Logits, and by module name the shape of what it returned last."""
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass(frozen=True)
+class Returned:
+    """What modules returned in one pass, the last time that each ran.
 
-    def note(name: str, output: object) -> None:
-        value = first_tensor(output)
-        if value is not None and value.is_floating_point():
-            shapes.pop(name, None)  # in the order of the last calls
-            shapes[name] = tuple(value.shape)
-
-    names = [name for name, _ in network.model.named_modules() if name]
-    return _noted(network, x, names, note), shapes
-
-
-def _values(network: Network, x: Inputs) -> dict[str, int]:
-    """By module name a number that modules share if one passes on what the other returned.
-
-    It is negative where a module returned other things, too.
+    Attributes:
+        logits: Of the model.
+        shapes: By module name, in the order of their ends, of what is real.
+        values: By module name a number that modules share if one passes on what the other
+            returned, negative where a module returned other things, too.
     """
-    numbers: dict[str, int] = {}
+
+    logits: Tensor
+    shapes: dict[str, tuple[int, ...]]
+    values: dict[str, int]
+
+
+def _returned(network: Network, x: Inputs) -> Returned:
+    shapes: dict[str, tuple[int, ...]] = {}
+    values: dict[str, int] = {}
     latest: tuple[object, int] = (None, 0)
     value = 0
 
@@ -203,11 +205,13 @@ def _values(network: Network, x: Inputs) -> dict[str, int]:
         # An in-place operation returns the same tensor in a new version.
         value += found is not latest[0] or found._version != latest[1]
         latest = found, found._version
-        numbers[name] = value if isinstance(output, Tensor) else -value
+        values[name] = value if isinstance(output, Tensor) else -value
+        if found.is_floating_point():
+            shapes.pop(name, None)  # in the order of the last calls
+            shapes[name] = tuple(found.shape)
 
     names = [name for name, _ in network.model.named_modules() if name]
-    _noted(network, x, names, note)
-    return numbers
+    return Returned(_noted(network, x, names, note), shapes, values)
 
 
 # What follows the batch
@@ -225,8 +229,8 @@ def _that_follow(
     whole = _examples(x, MORE)
     order = order.to(input_tensors(whole)[0].device)
     _, read = taps.each(whole)
-    _, permuted = taps.each(_ordered(whole, order))
-    _, alone = taps.each(_ordered(whole, order[:FEW]))
+    _, permuted = taps.each(_picked(whole, order))
+    _, alone = taps.each(_picked(whole, order[:FEW]))
     elsewhere = [taps.each(_examples(other, FEW))[1] for other in others]
     kept: dict[str, Activation] = {}
     for i, each in enumerate(both):
@@ -238,13 +242,6 @@ def _that_follow(
             known = replace(each, tap=replace(each.tap, width=found.shape[1]))
             kept.setdefault(each.tap.module, known)
     return [kept[each.tap.module] for each in seen if each.tap.module in kept]
-
-
-def _ordered(x: Inputs, order: Tensor) -> Inputs:
-    if isinstance(x, Rows):
-        inputs = take(x.inputs, order)
-        return Rows(inputs, torch.arange(len(order)).to(order), x.position[order])
-    return take(x, order)
 
 
 def _same(expected: Tensor, found: Tensor | None) -> bool:

@@ -1,6 +1,5 @@
 """Three kinds of Jacobian products, each by `torch.func` or, where that cannot go, by autograd."""
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from ella.attention import DifferentiableAttention
-from ella.inputs import Inputs, Rows, map_inputs, num_examples, slices, take
+from ella.inputs import Inputs, Rows, map_inputs, model_inputs, num_examples, slices, take
 from ella.network import Network, called
 from ella.outputs import as_rows
-
-log = logging.getLogger("ella")
 
 Parameters = dict[str, Tensor]
 Forward = Callable[[Mapping[str, Tensor], Inputs], Tensor]
@@ -24,8 +21,8 @@ FORWARD_MODE = threading.Lock()
 """torch counts the levels of forward-mode differentiation for the whole process, not by thread."""
 
 
-class Functional:
-    """Products by `torch.func`: forward mode, and `vmap` over examples, tangents and cotangents.
+class Products:
+    """Products with the Jacobian of a network in some of its weights.
 
     Args:
         network: The model.
@@ -35,6 +32,14 @@ class Functional:
     def __init__(self, network: Network, names: Mapping[str, list[str]]) -> None:
         self.network = network
         self.names = names
+
+    def by_alias(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the weights under every name by which modules reach them."""
+        return {alias: parameters[name] for name, all_ in self.names.items() for alias in all_}
+
+
+class Functional(Products):
+    """By `torch.func`: forward mode, and `vmap` over examples, tangents and cotangents."""
 
     def jvp(self, x: Inputs, parameters: Parameters, tangents: Tensor, chunk: int) -> Tensor:
         """J(x) v_j for tangents (k, p), `chunk` at a time: (n, c, k)."""
@@ -79,18 +84,12 @@ class Functional:
         with self.network.borrowed() as module, DifferentiableAttention():
 
             def forward(parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
-                state = {
-                    alias: parameters[name]
-                    for name, aliases in self.names.items()
-                    for alias in aliases
-                }
-                state |= self.network.changing_buffers(module)
-                inputs = x.inputs if isinstance(x, Rows) else x
+                state = self.by_alias(parameters) | self.network.changing_buffers(module)
                 outputs = called(
                     lambda *args, **keywords: functional_call(
                         module, state, args, keywords, tie_weights=False
                     ),
-                    self.network.own(inputs),
+                    self.network.own(model_inputs(x)),
                     self.network.output,
                 )
                 return as_rows(outputs, x)
@@ -98,20 +97,12 @@ class Functional:
             yield forward
 
 
-class Plain:
+class Plain(Products):
     """Products by ordinary autograd, one example and one output after the other.
 
     The weights of a private copy of the model are replaced by leaves of its own, which share their
     memory, so gradients never reach the user's tensors.
-
-    Args:
-        network: The model.
-        names: For each weight θ all names by which modules reach it.
     """
-
-    def __init__(self, network: Network, names: Mapping[str, list[str]]) -> None:
-        self.network = network
-        self.names = names
 
     def jvp(self, x: Inputs, parameters: Parameters, tangents: Tensor, chunk: int) -> Tensor:
         """From rows, as (n, c, k): c backward passes an example, whatever k is."""
@@ -157,8 +148,7 @@ class Plain:
         return map_inputs(x, Tensor.clone)
 
     def _outputs(self, module: nn.Module, x: Inputs) -> Tensor:
-        inputs = x.inputs if isinstance(x, Rows) else x
-        return as_rows(called(module, inputs, self.network.output), x)
+        return as_rows(called(module, model_inputs(x), self.network.output), x)
 
     def _row(self, outputs: Tensor, c: int, leaves: list[nn.Parameter]) -> Tensor:
         return self._gradient(outputs, torch.eye(outputs.shape[1]).to(outputs)[c : c + 1], leaves)
@@ -185,11 +175,10 @@ class Plain:
     def _leaves(self, parameters: Parameters) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """A copy of the model whose weights are leaves, and those leaves in the order of θ."""
         leaves = {name: nn.Parameter(_ordinary(p)) for name, p in parameters.items()}
-        values = {alias: leaves[name] for name, aliases in self.names.items() for alias in aliases}
         with (
             self.network.borrowed() as module,
             self.network.attention(),
-            replaced_parameters(module, values),
+            replaced_parameters(module, self.by_alias(leaves)),
             _recurrent_nets_that_train(module),
             torch.enable_grad(),
         ):
@@ -197,7 +186,7 @@ class Plain:
 
 
 @contextmanager
-def replaced_parameters(module: nn.Module, values: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def replaced_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Other parameters for a while; those that are not named need no gradient meanwhile."""
     named = dict(module.named_parameters(remove_duplicate=False))
     others = {
@@ -233,7 +222,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _assign(module: nn.Module, name: str, value: nn.Parameter) -> None:
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, last = name.rpartition(".")
     setattr(module.get_submodule(path), last, value)  # not `_parameters`: an LSTM keeps a list
 

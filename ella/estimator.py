@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella.batches import MANY, Batches, Loader, Split
+from ella.batches import Loader, Split
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.fitted import Fit
 from ella.formats import KINDS, given_or_saved, upgraded
-from ella.hints import Seen, hint
+from ella.hints import MANY, Seen, hint
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.inputs import Inputs, check_positive, slices, take
 from ella.likelihoods import Discrete, Likelihood
@@ -360,7 +360,7 @@ class ELLA(Predictor):
 
         def noted(pairs: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
             for x, y in pairs:
-                seen.note(x)
+                seen.note(x, y)
                 yield x, y
 
         with self._batches(loader, view).named() as batches:
@@ -371,14 +371,14 @@ class ELLA(Predictor):
                 for part in slices(len(y), self._piece_size(x))
             )
             sums = accumulate(parts, self.likelihood)
-            if seen is not self._seen:  # later data may well be of one class
-                self._hint_about_labels(batches)
+        if seen is not self._seen:  # later data may well be of one class
+            self._hint_about_labels(seen)
         return sums if view.share == 1 else sums.scaled(1 / view.share)
 
-    def _hint_about_labels(self, batches: Batches) -> None:
-        if isinstance(self.likelihood, Discrete) and batches.one_label is not MANY:
+    def _hint_about_labels(self, seen: Seen) -> None:
+        if isinstance(self.likelihood, Discrete) and seen.one_label is not MANY:
             hint(
-                f"All labels of the training data are {batches.one_label}: the curvature says "
+                f"All labels of the training data are {seen.one_label}: the curvature says "
                 f"nothing of the other classes. Was the loader sorted by class and cut?"
             )
 

@@ -81,15 +81,27 @@ def _same(network: Network, found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-6))
 
 
+MANY = object()
+
+
 class Seen:
-    """Remembers examples, to recognise them: by one number each, in memory only."""
+    """Remembers examples, to recognise them: by one number each, in memory only.
+
+    Attributes:
+        one_label: The label that all had so far, `MANY` if they differ.
+    """
 
     def __init__(self) -> None:
+        self.one_label: object = None
         self._numbers: dict[tuple[object, ...], list[Tensor]] = {}
         self._count = 0
 
-    def note(self, x: Inputs) -> None:
-        """Remember a batch, as long as there are few."""
+    def note(self, x: Inputs, y: Tensor) -> None:
+        """Remember a batch, as long as there are few, and whether labels differ."""
+        if self.one_label is not MANY:
+            first = y.flatten()[0]
+            alike = bool((y == first).all()) and self.one_label in (None, first.item())
+            self.one_label = first.item() if alike else MANY
         if self._count < REMEMBERED and not isinstance(x, Rows):
             self._numbers.setdefault(example_shape(x), []).append(_numbers(x))
             self._count += num_examples(x)

@@ -74,6 +74,11 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Collated | Rows
 """One batch of model inputs: `model(x)`, `model(*x)` or `model(**x)`; axis 0 is n examples."""
 
 
+def model_inputs(x: Inputs) -> Inputs:
+    """What the model itself is called with: of rows, the inputs that they are rows of."""
+    return x.inputs if isinstance(x, Rows) else x
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise a `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
@@ -244,7 +249,7 @@ def take(x: Inputs, part: slice | Tensor) -> Inputs:
 
 def attention_mask(x: Inputs) -> Tensor | None:
     """The mask of padded sequences, shape (n, positions), if the inputs say which they are."""
-    x = x.inputs if isinstance(x, Rows) else x
+    x = model_inputs(x)
     mask = x.get(MASK_KEY) if isinstance(x, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -273,7 +278,7 @@ def _joined_rows(parts: Sequence[Rows]) -> Rows:
 
 def example_shape(x: Inputs) -> tuple[object, ...]:
     """Shapes and dtypes of one example: batches that agree in it can be joined."""
-    x = x.inputs if isinstance(x, Rows) else x
+    x = model_inputs(x)
     if not isinstance(x, Tensor) and any(isinstance(v, Collated) for v in leaves(x)):
         return (type(x).__name__,)
     return tuple((tuple(t.shape[1:]), t.dtype) for t in input_tensors(x))

@@ -246,8 +246,7 @@ class Linearized:
     def _admit(self, x: Inputs) -> tuple[Inputs, int]:
         """Check inputs; copy those made in inference mode, which autograd refuses."""
         n = check_inputs(x, self.device)
-        with torch.inference_mode(False):
-            return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
+        return map_inputs(x, lambda t: t.clone() if t.is_inference() else t), n
 
     def _chunks(self, x: Inputs, n: int) -> tuple[int, int]:
         """How many examples, and how many (co)tangents over them, one product may carry."""

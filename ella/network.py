@@ -18,6 +18,7 @@ from ella.inputs import (
     example_shape,
     input_tensors,
     map_inputs,
+    model_inputs,
     take,
 )
 from ella.outputs import Layout, Output, as_rows, check_output, find_logits
@@ -105,8 +106,9 @@ class Network:
         """Its own names of parameters and modules; compiled or not, they are called the same."""
         parameters = (name for name, _ in self.model.named_parameters())
         modules = (name for name, _ in self.model.named_modules())
-        own = {clean(name): name for name in (*parameters, *modules)}
-        return tuple(own.get(clean(name), name) for name in names)
+        exact = dict.fromkeys((*parameters, *modules))
+        own = {clean(name): name for name in exact}
+        return tuple(name if name in exact else own.get(clean(name), name) for name in names)
 
     def parameters(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """The parameters of these names, sharing memory with the model."""
@@ -142,7 +144,7 @@ class Network:
             TypeError: If the model does not return a tensor of outputs.
             ValueError: If `x` is bad (`check_inputs`), the outputs are not (n, c), or not finite.
         """
-        inputs = x.inputs if isinstance(x, Rows) else x
+        inputs = model_inputs(x)
         n = check_inputs(inputs, self.device)
         self._learn_from(inputs)
         with self.borrowed(readers) as module, self.attention():
@@ -172,7 +174,7 @@ class Network:
             return self._plain
         key = example_shape(x)
         if key not in self._layouts:
-            x = x.inputs if isinstance(x, Rows) else x
+            x = model_inputs(x)
             self._learn_from(x)
             with self.borrowed() as module, self.attention():
                 outputs = called(module, self.own(take(x, slice(2))), self.output)

@@ -289,7 +289,9 @@ class Predictive(ABC):
 
     def _pieces(self, inputs: Inputs) -> Iterator[Inputs]:
         """As many rows at a time as prediction has memory for."""
-        rows = self._rows(inputs)
+        return self._cut(self._rows(inputs))
+
+    def _cut(self, rows: Inputs) -> Iterator[Inputs]:
         n, size = num_examples(rows), self._piece_size(rows)
         return (take(rows, part) for part in slices(n, size)) if size < n else iter([rows])
 
@@ -314,8 +316,7 @@ class Predictive(ABC):
         targets = []
         for x, y in self._progress_over(batches.labelled(), "evaluate"):
             self._look_at_validation(x, first=not parts)
-            size = self._piece_size(x)
-            found = [self._evaluate(take(x, part)) for part in slices(num_examples(x), size)]
+            found = [self._evaluate(part) for part in self._cut(x)]
             parts.extend(found)
             targets.append(self.likelihood.check(y, found[0].logits.shape[1]))
         return type(parts[0]).joined(parts), torch.cat(targets)

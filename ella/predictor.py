@@ -11,7 +11,7 @@ from ella.batches import Batches, Loader, Split, View
 from ella.evaluated import Evaluated
 from ella.hints import hint_about_model
 from ella.hyperparameters import Hyperparameters
-from ella.inputs import Inputs, Rows, as_inputs, check_inputs, moved, num_examples
+from ella.inputs import Inputs, Rows, moved, num_examples
 from ella.likelihoods import Likelihood, as_likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET
 from ella.network import Network
@@ -122,9 +122,7 @@ class Predictor(Predictive):
         return SampledRows(self.network, self.likelihood, self.positions, self.seed)
 
     def _admitted(self, x: object) -> Inputs:
-        inputs = as_inputs(x, self._device)
-        check_inputs(inputs, self._device)  # before it is cast: moving is for loaders
-        return moved(inputs, self._device, self.network.input_dtype)
+        return moved(super()._admitted(x), self._device, self.network.input_dtype)
 
     def _rows(self, inputs: Inputs) -> Inputs:
         layout = self.network.layout(inputs)

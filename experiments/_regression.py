@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from _models import initialize, train_network
-from _report import Column, Row, markdown_table
+from _report import Column, Row, markdown_table, pipes
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -390,7 +390,7 @@ def uci_table(results: Mapping[str, Any]) -> str:
     for name in dict.fromkeys(row["dataset"] for row in rows):
         own = [row for row in rows if row["dataset"] == name]
         lines.append(_uci_line(name, own, list(shown), published[name]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return pipes(lines)
 
 
 def _uci_line(

@@ -211,6 +211,11 @@ def markdown_table(
     cells = [_column_cells(column, list(summaries.values())) for column in shown]
     lines = [[by, *(column.title for column in shown)], ["---", *("---:" for _ in shown)]]
     lines += [[method, *row] for method, *row in zip(summaries, *cells, strict=True)]
+    return pipes(lines)
+
+
+def pipes(lines: Iterable[Sequence[str]]) -> str:
+    """Cells as a Markdown table, without a final line break."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _models import RESNET_DEPTHS
-from _report import Row, load_results, new_figure
+from _report import Row, load_results, new_figure, pipes
 from matplotlib.axes import Axes
 
 NETWORKS = {f"resnet{depth}": f"ResNet-{depth}" for depth in RESNET_DEPTHS}
@@ -156,7 +156,7 @@ def grid(
                 text = f"**{text}**" if text == formats[j].format(top) else text
             cells.append(text)
         out.append([name, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in out)
+    return pipes(out)
 
 
 def protocol(study: Study, letter: str) -> str:
@@ -305,7 +305,7 @@ def goals(study: Study) -> str:
     rows += [*_ood_goals(study), *_shift_goals(study)]
     lines = [["goal", "wanted", "found", "reached"], ["---", "---:", "---:", "---"]]
     lines += [[*row[:3], "yes" if row[3] else "**no**"] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return pipes(lines)
 
 
 def _calibration_goals(study: Study) -> Iterable[tuple[str, str, str, bool]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import PeakMemory, load_results, save_results
+from _report import PeakMemory, load_results, pipes, save_results, timed
 from _settings import Common, option, parsed
 from _zoo import CLASSES, LIBRARIES, Entry, large_entries
 from torch import Tensor, nn
@@ -227,22 +227,21 @@ def large(entry: Entry, settings: Settings) -> dict[str, Any]:
     batches = (20,) * (n // 20)
     seconds: dict[str, float] = {}
 
-    def timed(what: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401
-        start = time.perf_counter()
-        value = call()
-        seconds[what] = round(time.perf_counter() - start, 2)
+    def clocked(what: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+        value, taken = timed(call)
+        seconds[what] = round(taken, 2)
         return value
 
     x = entry.inputs(8, torch.Generator().manual_seed(2))
     with PeakMemory("cpu") as memory, tempfile.TemporaryDirectory() as folder:
         fitted = ELLA(model, eigenfunctions=NeuralEF(num_inputs=n), progress=False)
-        timed("fit", lambda: fitted.fit(loader_of(entry, batches, 0, c)))
-        timed("calibrate", lambda: fitted.calibrate(loader_of(entry, (20, 20), 1, c)))
-        timed("forward", lambda: fitted.network(x))
-        probs = timed("predict", lambda: fitted.predict_proba(x))
-        timed("save", lambda: fitted.save(Path(folder) / "ella"))
+        clocked("fit", lambda: fitted.fit(loader_of(entry, batches, 0, c)))
+        clocked("calibrate", lambda: fitted.calibrate(loader_of(entry, (20, 20), 1, c)))
+        clocked("forward", lambda: fitted.network(x))
+        probs = clocked("predict", lambda: fitted.predict_proba(x))
+        clocked("save", lambda: fitted.save(Path(folder) / "ella"))
         file_bytes = (Path(folder) / "ella").stat().st_size
-        again = timed("load", lambda: ELLA.load(Path(folder) / "ella", model, progress=False))
+        again = clocked("load", lambda: ELLA.load(Path(folder) / "ella", model, progress=False))
         assert torch.equal(again.predict_proba(x), probs)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -272,7 +271,7 @@ def model_table(results: Mapping[str, Any]) -> str:
         weights = f"{any_row['parameters']:,}"
         cells = [cell(by_method.get(name)) for name in METHODS]
         lines.append([model, library, any_row["family"], weights, *cells])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = pipes(lines)
     counts = Counter(row["outcome"] for row in results["rows"])
     text += f"\n\n{len(found)} models: {dict(counts)}."
     messages = Counter(
@@ -293,8 +292,8 @@ def large_table(results: Mapping[str, Any]) -> str:
         sizes = [f"{row['peak_bytes'] / 1e9:.1f}", f"{row['file_bytes'] / 1e6:.0f}"]
         about = [row["model"], f"{row['parameters']:,}", f"{row['classes']:,}"]
         lines.append([*about, *times, *sizes])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n{results['settings']['num_inputs']} inputs, 224 pixels or up to 32 tokens."
+    n = results["settings"]["num_inputs"]
+    return f"{pipes(lines)}\n\n{n} inputs, 224 pixels or up to 32 tokens."
 
 
 def main(argv: list[str] | None = None) -> None:

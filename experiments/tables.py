@@ -25,6 +25,7 @@ from _report import (
     TEXT_KERNEL_COLUMNS,
     load_results,
     markdown_table,
+    pipes,
 )
 from _study import TABLES, Study, draw
 from models import large_table, model_table
@@ -79,7 +80,7 @@ def spectral_table() -> str:
             str(len(seeds)),
         )
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return pipes(lines) + "\n"
 
 
 def _better(head: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,12 +63,7 @@ def make_case(factory, shape, bias=True):
         if not bias:
             model[-1] = nn.Linear(model[-1].in_features, CLASSES, bias=False).double()
         x, y = make_data(shape, 60, seed=1)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-        for _ in range(60):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        model.zero_grad()
+        train(model, x, y, steps=60, rate=0.03)
     return model, DataLoader(TensorDataset(x, y), batch_size=23)  # the last batch is smaller
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from cases import train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,12 +38,7 @@ def make_model():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, OUTPUTS)).double()
     x, y = make_data(60, seed=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    for _ in range(60):
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-    model.zero_grad()
+    train(model, x, y, steps=60, rate=0.03, loss=nn.functional.mse_loss)
     return model
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import train
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -171,11 +172,7 @@ def digits():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(100):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[:200]), y[:200]).backward()
-        optimizer.step()
+    train(model, x[:200], y[:200], steps=100, rate=1e-2)
     return model, [(x[:200], y[:200])], x[200:], y[200:]
 
 

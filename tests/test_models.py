@@ -3,10 +3,12 @@
 `experiments/models.py` holds what must be true of each; `experiments/models.md` the table of all.
 """
 
-import importlib
 import re
 
 import pytest
+import torch
+
+from ella import ELLA
 
 METHODS = ("NeuralEF", "Nystrom", "LastLayer")
 TEXT = "ForSequenceClassification"
@@ -72,15 +74,11 @@ def test_a_foreign_error_is_no_refusal(load):
     models = load("models")
 
     def own():
-        import torch
-
-        from ella import ELLA
-
         ELLA(torch.nn.Linear(2, 2), progress=False).fit([(torch.zeros(2, 3), torch.zeros(2))])
 
     with pytest.raises(RuntimeError) as caught:
         own()
     assert not models.is_own(caught.value)
     with pytest.raises(TypeError) as caught:
-        importlib.import_module("ella").ELLA(3)
+        ELLA(3)
     assert models.is_own(caught.value)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import loader_of
+from cases import loader_of, train
 from kinds import CLASSES, mlp
 from torch import nn
 
@@ -15,6 +15,7 @@ from ella.baselines import MAP, TemperatureScaling
 from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Rows
 from ella.linearize import Linearized
+from ella.metrics import expected_calibration_error
 from ella.network import Network
 from ella.predictive import LogitGaussian
 
@@ -429,6 +430,7 @@ def test_last_layers_that_do_not_fit_are_refused_at_once():
 
 def test_trained_digits_stay_calibrated_and_epistemic(tmp_path):
     """On held-out digits ECE is not above the model's, and its uncertainty of weights is alive."""
+    pytest.importorskip("netcal")
     datasets = pytest.importorskip("sklearn.datasets")
     x, y = (torch.tensor(part) for part in datasets.load_digits(return_X_y=True))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -436,36 +438,19 @@ def test_trained_digits_stay_calibrated_and_epistemic(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(150):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[:200]), y[:200]).backward()
-            optimizer.step()
+        train(model, x[:200], y[:200], steps=150, rate=1e-2)
     method = NeuralEF(rank=16, num_inputs=600, num_directions=64, teacher=Training(steps=300))
     ella = ELLA(model, eigenfunctions=method, **QUIET).fit(loader_of(x[:200], y[:200], 50))
     ella.calibrate(loader_of(x[200:500], y[200:500], 100))
     plain = MAP(model, **QUIET).fit(loader_of(x[:200], y[:200], 50))
     test_x, test_y = x[500:], y[500:]
-    eces = [calibration_error(m.predict_proba(test_x), test_y) for m in (ella, plain)]
+    eces = [expected_calibration_error(m.predict_proba(test_x), test_y) for m in (ella, plain)]
     assert eces[0] <= eces[1]
     scores = ella.uncertainty(test_x)
     noise = ella.uncertainty(torch.rand(300, 64, generator=torch.Generator().manual_seed(1)))
     for name in ("mutual_information", "logit_variance"):
         assert getattr(scores, name).std() > 0
         assert getattr(noise, name).mean() > getattr(scores, name).mean()
-
-
-def calibration_error(probs, y, bins=15):
-    """Mean gap between confidence and accuracy over equal bins of confidence."""
-    confidence, predicted = probs.max(1)
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    right = (predicted == y).double()
-    gaps = [
-        (which == b).sum() * (right[which == b].mean() - confidence[which == b].mean()).abs()
-        for b in range(bins)
-        if (which == b).any()
-    ]
-    return float(sum(gaps) / len(y))
 
 
 # Serving

@@ -1,6 +1,7 @@
 """A subspace of weight space that carries the kernel: S(x) = J(x)V for orthonormal V."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ella.collection import Collection
-from ella.inputs import slices
+from ella.inputs import Inputs, slices
 from ella.linearize import Linearized
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
@@ -94,6 +95,42 @@ def folded(rows: Tensor, signs: Tensor, size: int) -> Tensor:
         found += signed[..., :whole].unflatten(-1, (-1, size)).sum(-2)
         found[..., : signed.shape[-1] - whole] += signed[..., whole:]
     return found
+
+
+def projected_rows(
+    linearized: Linearized,
+    x: Inputs,
+    project: Callable[[Tensor], Tensor],
+    outputs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S(x) and diag κ(x, x) at all outputs or some, in the memory of one chunk of rows.
+
+    Args:
+        linearized: The model.
+        x: n examples.
+        project: Rows of the Jacobian (i, j, p) to (i, j, r), such as `Directions`.
+        outputs: Which rows, shape (n, q); None for all c.
+
+    Returns:
+        Shapes (n, q, r) and (n, q).
+    """
+
+    def with_norms(rows: Tensor) -> Tensor:
+        return torch.cat([project(rows), rows.square().sum(-1, keepdim=True)], dim=-1)
+
+    found = linearized.over_rows(x, with_norms, outputs)
+    return found[..., :-1], found[..., -1]
+
+
+def projected_blocks(
+    linearized: Linearized, x: Inputs, project: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """S(x), shape (n, c, r), and κ(x, x), shape (n, c, c); see `projected_rows`."""
+    inside, blocks = [], []
+    for _, jacobian in linearized.jacobian_chunks(x):
+        inside.append(project(jacobian))
+        blocks.append(jacobian @ jacobian.mT)
+    return torch.cat(inside), torch.cat(blocks)
 
 
 def find_directions(

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from ella.batches import Batches, Loader, as_batches
 from ella.eigenfunctions.base import check_product_residual
+from ella.eigenfunctions.directions import projected_blocks, projected_rows
 from ella.inputs import Inputs, check_choice, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
@@ -147,24 +148,15 @@ class JacobianProjection:
         if self.residual == "none" and k < c:
             return LogitGaussian(logits, self.linearized.jvp(x, self.directions), None)
         if self.residual == "exact":
-            return self._with_blocks(logits, x)
-
-        def inside_and_all(rows: Tensor) -> Tensor:
-            return torch.cat([rows @ self.directions.T, rows.square().sum(-1, True)], dim=-1)
-
-        found = self.linearized.over_rows(x, inside_and_all)
-        phi = found[..., :-1]
+            phi, blocks = projected_blocks(self.linearized, x, self._project)
+            return LogitGaussian(logits, phi, blocks - phi @ phi.mT)
+        phi, diagonal = projected_rows(self.linearized, x, self._project)
         if self.residual == "none":
             return LogitGaussian(logits, phi, None)
-        outside = found[..., -1] - phi.square().sum(-1)
-        return LogitGaussian(logits, phi, outside.clamp_min(0))
+        return LogitGaussian(logits, phi, (diagonal - phi.square().sum(-1)).clamp_min(0))
 
-    def _with_blocks(self, logits: Tensor, x: Inputs) -> LogitGaussian:
-        phis, residuals = [], []
-        for _, jacobian in self.linearized.jacobian_chunks(x):
-            phis.append(jacobian @ self.directions.T)
-            residuals.append(jacobian @ jacobian.mT - phis[-1] @ phis[-1].mT)
-        return LogitGaussian(logits, torch.cat(phis), torch.cat(residuals))
+    def _project(self, rows: Tensor) -> Tensor:
+        return rows @ self.directions.T
 
     def state(self) -> State:
         """See `Eigenfunctions.state`."""

@@ -10,7 +10,12 @@ from tqdm.auto import tqdm
 
 from ella.activations import FeatureTaps, restored_taps
 from ella.collection import Collection, input_state, restored_inputs
-from ella.eigenfunctions.directions import Directions, check_rank, find_directions
+from ella.eigenfunctions.directions import (
+    check_rank,
+    find_directions,
+    projected_blocks,
+    projected_rows,
+)
 from ella.inputs import Inputs, num_examples, slices
 from ella.linearize import Linearized
 from ella.network import Network
@@ -151,20 +156,20 @@ def sample_kernel(
     bar = tqdm(total=len(inputs), desc="jacobians", disable=not progress, leave=False)
     for where, x in _numbered(inputs):
         activations.append(taps(x)[1])
-        part = (
-            _whole(found, linearized, x)
-            if whole
-            else _by_rows(found, linearized, x, (None if outputs is None else outputs[where]))
-        )
-        features.append(part[0])
-        diagonals.append(part[1])
-        blocks.append(part[2])
+        if whole:
+            inside, block = projected_blocks(linearized, x, found)
+            blocks.append(block)
+            norms = block.diagonal(dim1=1, dim2=2)
+        else:
+            chosen = None if outputs is None else outputs[where]
+            inside, norms = projected_rows(linearized, x, found, chosen)
+        features.append(inside)
+        diagonals.append(norms)
         bar.update(num_examples(x))
     bar.close()
     s, scale, axes = _scaled(torch.cat(features), c)
     diagonal = torch.cat(diagonals) * scale**2
-    known = torch.cat(blocks) * scale**2 if whole else None
-    read = torch.cat(activations)
+    known, read = torch.cat(blocks) * scale**2 if whole else None, torch.cat(activations)
     return KernelSample(taps, inputs, read, s, diagonal, known, scale, axes, c, outputs)
 
 
@@ -174,28 +179,6 @@ def _numbered(inputs: Collection) -> Iterator[tuple[slice, Inputs]]:
         end = start + num_examples(x)
         yield slice(start, end), x
         start = end
-
-
-def _whole(found: Directions, linearized: Linearized, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """S(x), diag κ(x, x) and κ(x, x)."""
-    features, blocks = [], []
-    for _, jacobian in linearized.jacobian_chunks(x):
-        features.append(found(jacobian))
-        blocks.append(jacobian @ jacobian.mT)
-    joined = torch.cat(blocks)
-    return torch.cat(features), joined.diagonal(dim1=1, dim2=2), joined
-
-
-def _by_rows(
-    found: Directions, linearized: Linearized, x: Inputs, outputs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """S(x) and diag κ(x, x) at some outputs, or all; and nothing."""
-
-    def with_norms(rows: Tensor) -> Tensor:
-        return torch.cat([found(rows), rows.square().sum(-1, keepdim=True)], dim=-1)
-
-    rows = linearized.over_rows(x, with_norms, outputs)
-    return rows[..., :-1], rows[..., -1], rows.new_empty(0)
 
 
 def _scaled(features: Tensor, c: int) -> tuple[Tensor, float, Tensor]:
