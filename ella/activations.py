@@ -95,7 +95,7 @@ class Tap:
         """Shape (n, d) or (n, channels, *positions); half precision is widened."""
         found = activation.movedim(self.axis, 0) if self.axis else activation
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        parts = 1 if n is None or len(found) == n else len(found) // n
+        parts = 1 if n is None or found.shape[0] == n else found.shape[0] // n
         if parts > 1:
             shape = (parts, n or 1) if self.parts_first else (n or 1, parts)
             found = found.unflatten(0, shape)

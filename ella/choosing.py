@@ -19,6 +19,7 @@ log = logging.getLogger("ella")
 MAX_WIDTH = 2048
 """Vector activations wider than this are not tapped, nor more features than this of one stage."""
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._NormBase)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FEW, MORE = 3, 5
 """Two numbers of examples: what has an axis that grows from one to the other follows the batch."""
 TOLERANCE = 1e-3
@@ -74,7 +75,8 @@ def choose_taps(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> 
     if first:
         chosen += _last_stage(model, kept, {each.value for each in chosen})
     taps = list({each.tap.module: each.tap for each in chosen}.values())
-    last = _penultimate(network, x, first)
+    name = last_linear(network, x)
+    last = None if name is None else input_of(model, name)
     if not taps and seen:
         where = "logits alone" if last is None else "penultimate features"
         warnings.warn(
@@ -89,8 +91,25 @@ def choose_taps(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> 
     return taps
 
 
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether it is a linear layer, or a convolution that is one at each position."""
+    if not isinstance(module, CONVOLUTIONS):
+        return isinstance(module, nn.Linear)
+    alone = (*module.kernel_size, *module.stride, module.groups)
+    return set(alone) == {1} and set(module.padding) <= {0, "valid"}
+
+
+def input_of(model: nn.Module, layer: str) -> Tap:
+    """Where the input of a linear layer (`is_linear`) is read."""
+    module = model.get_submodule(layer)
+    if isinstance(module, CONVOLUTIONS):
+        return Tap(layer, "input", channels_first=True, width=module.in_channels)
+    width = module.in_features if isinstance(module, nn.Linear) else None
+    return Tap(layer, "input", channels_first=False, width=width)
+
+
 def last_linear(network: Network, x: Inputs) -> str | None:
-    """Name of the linear layer whose output is the logits; None if there is none."""
+    """Name of the linear layer (`is_linear`) whose output is the logits; None if there is none."""
     outputs: dict[str, Tensor] = {}
 
     def note(name: str, output: object) -> None:
@@ -98,7 +117,7 @@ def last_linear(network: Network, x: Inputs) -> str | None:
             outputs[name] = output.detach().clone()
 
     modules = network.model.named_modules()
-    names = [name for name, module in modules if isinstance(module, nn.Linear)]
+    names = [name for name, module in modules if is_linear(module)]
     x = _examples(x, FEW)
     logits = _noted(network, x, names, note)
     for name, output in reversed(outputs.items()):
@@ -270,15 +289,6 @@ def _stages(seen: list[Activation], most: int) -> list[Activation]:
     return [run[-1] for run in runs[-most:]]
 
 
-def _penultimate(network: Network, x: Inputs, channels_first: bool) -> Tap | None:
-    name = last_linear(network, x)
-    if name is None:
-        return None
-    module = network.model.get_submodule(name)
-    width = module.in_features if isinstance(module, nn.Linear) else None
-    return Tap(name, "input", channels_first, width=width)
-
-
 def _residual_stream(model: nn.Module, seen: list[Activation]) -> list[Activation]:
     """Vectors, and what is as wide as a LayerNorm; everything in a model without one."""
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
@@ -308,6 +318,5 @@ def _last_stage(model: nn.Module, seen: list[Activation], chosen: set[int]) -> l
 
 def _channels_last(model: nn.Module) -> bool:
     """Whether activations are (n, positions, channels), as in transformers."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    blocks = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, *convolutions))]
+    blocks = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, *CONVOLUTIONS))]
     return not blocks or isinstance(blocks[-1], nn.LayerNorm)

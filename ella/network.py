@@ -150,7 +150,7 @@ class Network:
         with self.borrowed(readers) as module, self.attention():
             outputs = as_rows(called(module, self.own(inputs), self.output), x)
         rows = len(x.position) if isinstance(x, Rows) else n
-        if outputs.ndim != 2 or len(outputs) != rows:
+        if outputs.ndim != 2 or outputs.shape[0] != rows:
             raise ValueError(
                 f"`model` must return outputs of shape (n, c) with n = {n}; got "
                 f"{tuple(outputs.shape)}. Flatten or pool them in a wrapper module, or say with "
@@ -209,7 +209,8 @@ class Network:
         Args:
             readers: See `__call__`.
         """
-        self._notice()
+        if not self._watch.same_tensors():  # values changed in place are those of the copies, too
+            self._look_again()
         # Entering a mode takes longer than many a small network.
         inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else ALWAYS
         with self._view() as view, inference, torch.no_grad():

@@ -94,10 +94,12 @@ class LogitGaussian:
         # Half precision has no Cholesky factorisation.
         wide = torch.promote_types(self.factor.dtype, torch.float32)
         covariance = self.covariance().to(wide)
-        diagonal = covariance.diagonal(dim1=1, dim2=2)
-        tiny = torch.finfo(wide).tiny * 1e14
-        diagonal += (1e-6 * diagonal.amax(-1, keepdim=True)).clamp_min_(tiny)
         factor, info = torch.linalg.cholesky_ex(covariance)
+        if info.any():
+            diagonal = covariance.diagonal(dim1=1, dim2=2)
+            tiny = torch.finfo(wide).tiny * 1e14
+            diagonal += (1e-6 * diagonal.amax(-1, keepdim=True)).clamp_min_(tiny)
+            factor, info = torch.linalg.cholesky_ex(covariance)
         if info.any():
             factor = _root(self.covariance().to(wide))
         return LogitGaussian(self.mean, factor.to(self.factor.dtype))

@@ -181,14 +181,14 @@ def load_task(root: str | Path | None, sizes: Sizes) -> TextTask:
         ImportError: If the packages of `ella[text]` are missing.
     """
     folder = data_root(root) / "text"
-    train = [row for row in _table(folder / "SST-2" / "train.tsv.gz") if row[0].endswith(" .")]
-    train = _drawn(train, sizes.train + sizes.unlabelled)
-    outside = _drawn(_table(folder / "agnews" / "test.tsv.gz", headings=False), sizes.outside)
+    train = [row for row in table(folder / "SST-2" / "train.tsv.gz") if row[0].endswith(" .")]
+    train = drawn(train, sizes.train + sizes.unlabelled)
+    outside = drawn(table(folder / "agnews" / "test.tsv.gz", headings=False), sizes.outside)
     tokenize = tokenizer()
     return TextTask(
         tokenize(train[: sizes.train]),
         tokenize(train[sizes.train :]),
-        tokenize(_table(folder / "SST-2" / "test.tsv.gz")).by_length(),
+        tokenize(table(folder / "SST-2" / "test.tsv.gz")).by_length(),
         tokenize([(text, "0") for text, _ in outside]).by_length(),
     )
 
@@ -199,7 +199,7 @@ def tokenizer() -> Callable[[Iterable[tuple[str, str]]], Sentences]:
     Raises:
         ImportError: If the packages of `ella[text]` are missing.
     """
-    library, folder = _packages()
+    library, folder = packages()
     split = library.AutoTokenizer.from_pretrained(folder)
 
     def tokenize(rows: Iterable[tuple[str, str]]) -> Sentences:
@@ -221,7 +221,7 @@ def minilm() -> SentenceClassifier:
     Raises:
         ImportError: If the packages of `ella[text]` are missing.
     """
-    library, folder = _packages()
+    library, folder = packages()
     encoder = library.AutoModel.from_pretrained(folder, add_pooling_layer=False)
     return _with_new_head(encoder)
 
@@ -233,14 +233,31 @@ def tiny_transformer() -> SentenceClassifier:
         ImportError: If `transformers` is missing.
     """
     library = _transformers()
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = library.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, max_position_embeddings=MAX_TOKENS, **sizes
-    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = library.BertModel(config, add_pooling_layer=False)
+        encoder = library.BertModel(_tiny_config(library), add_pooling_layer=False)
     return _with_new_head(encoder)
+
+
+def tiny_tagger(num_classes: int) -> nn.Module:
+    """A BERT of the same size that gives logits for every token, with random weights.
+
+    Raises:
+        ImportError: If `transformers` is missing.
+    """
+    library = _transformers()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tagger: nn.Module = library.BertForTokenClassification(
+            _tiny_config(library, num_labels=num_classes)
+        )
+    return tagger
+
+
+def _tiny_config(library: ModuleType, **options: int) -> Any:  # noqa: ANN401 - transformers has no types
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"hidden_size": 16, "max_position_embeddings": MAX_TOKENS}
+    return library.BertConfig(vocab_size=VOCABULARY, **sizes, **options)
 
 
 def made_up_task(sizes: Sizes, num_held_out: int = 60) -> TextTask:
@@ -276,7 +293,7 @@ def _with_new_head(encoder: nn.Module) -> SentenceClassifier:
     return model.eval()
 
 
-def _table(path: Path, *, headings: bool = True) -> list[tuple[str, str]]:
+def table(path: Path, *, headings: bool = True) -> list[tuple[str, str]]:
     """Rows of text and label."""
     if not path.is_file():
         raise FileNotFoundError(f"No {path}. Point --root (or ELLA_DATA) at the data folder.")
@@ -285,7 +302,8 @@ def _table(path: Path, *, headings: bool = True) -> list[tuple[str, str]]:
     return [(text.strip(), label) for text, label in lines[1 if headings else 0 :]]
 
 
-def _drawn(rows: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+def drawn(rows: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """So many of them at random, always the same."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return [rows[i] for i in order[:count].tolist()]
 
@@ -298,7 +316,7 @@ def _transformers() -> ModuleType:
     return transformers
 
 
-def _packages() -> tuple[ModuleType, Path]:
+def packages() -> tuple[ModuleType, Path]:
     """`transformers`, and the folder with MiniLM's weights and tokenizer."""
     library = _transformers()
     try:

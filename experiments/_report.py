@@ -73,6 +73,12 @@ COLUMNS = (
     Column("predict_ratio", "predict × MAP", ".2f", spread=False),
     Column("state_bytes", "state bytes", ",.0f", spread=False),
 )
+DENSE_COLUMNS = (
+    *COLUMNS[:4],
+    Column("wrong", "wrong AUROC", ".3f", "max"),
+    Column("outside", "outside AUROC", ".3f", "max"),
+    *COLUMNS[-3:],
+)
 TEXT_KERNEL_COLUMNS = (
     Column("tokens", "tokens", ".1f"),
     Column("trace", "tr κ(x, x)", ",.0f"),

@@ -25,6 +25,7 @@ class Entry:
         inputs: `(n, generator)` ↦ n inputs in the form that it takes.
         heavy: Whether it takes long.
         options: Of `ELLA`.
+        classes: c.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Entry:
     inputs: Inputting
     heavy: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    classes: int = CLASSES
 
 
 def images(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32) -> Inputting:
@@ -101,7 +103,7 @@ def torchvision_entries() -> list[Entry]:
         one("vit_b_16", "vision transformer", images(32), heavy=True, image_size=32),
         one("swin_t", "windowed transformer", images(), heavy=True),
         one("swin_v2_t", "windowed transformer", images(64), heavy=True),
-        one("maxvit_t", "windowed transformer", images(64), heavy=True, input_size=(64, 64)),
+        one("maxvit_t", "windowed transformer", images(224), heavy=True),
         Entry("r3d_18", "torchvision", "video", lambda: video("r3d_18"), clips(4, 32), True),
         Entry("mc3_18", "torchvision", "video", lambda: video("mc3_18"), clips(4, 32), True),
         Entry(
@@ -483,10 +485,10 @@ def large_entries() -> list[Entry]:
         return transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2))
 
     def photos(name: str, make: Callable[[], nn.Module]) -> Entry:
-        return Entry(name, "torchvision", "c = 1000", make, images(224), True)
+        return Entry(name, "torchvision", "c = 1000", make, images(224), True, classes=1000)
 
     return [
-        Entry("BERT-base", "transformers", "c = 2", bert, texts(32), True),
+        Entry("BERT-base", "transformers", "c = 2", bert, texts(32), True, classes=2),
         photos("ResNet-50", lambda: tv.resnet50(weights=None)),
         photos("ConvNeXt-T", lambda: tv.convnext_tiny(weights=None)),
         photos("ViT-B/16", lambda: tv.vit_b_16(weights=None)),

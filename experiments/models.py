@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from _report import PeakMemory, load_results, pipes, save_results, timed
 from _settings import Common, option, parsed
-from _zoo import CLASSES, LIBRARIES, Entry, large_entries
+from _zoo import LIBRARIES, Entry, large_entries
 from torch import Tensor, nn
 
 import ella
@@ -66,11 +66,12 @@ class Settings(Common):
     num_inputs: int = option(200, "inputs that the large ones learn from")
 
 
-def loader_of(entry: Entry, batches: tuple[int, ...], seed: int, c: int = CLASSES) -> list[Any]:
+def loader_of(entry: Entry, batches: tuple[int, ...], seed: int) -> list[Any]:
     """Batches (x, y) of made-up inputs and labels."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (entry.inputs(n, generator), torch.randint(c, (n,), generator=generator)) for n in batches
+        (entry.inputs(n, generator), torch.randint(entry.classes, (n,), generator=generator))
+        for n in batches
     ]
 
 
@@ -223,7 +224,6 @@ def large(entry: Entry, settings: Settings) -> dict[str, Any]:
     """One large model with everything by default but the number of inputs."""
     model = made(entry)
     n = settings.num_inputs
-    c = 2 if "BERT" in entry.name else 1000
     batches = (20,) * (n // 20)
     seconds: dict[str, float] = {}
 
@@ -235,8 +235,8 @@ def large(entry: Entry, settings: Settings) -> dict[str, Any]:
     x = entry.inputs(8, torch.Generator().manual_seed(2))
     with PeakMemory("cpu") as memory, tempfile.TemporaryDirectory() as folder:
         fitted = ELLA(model, eigenfunctions=NeuralEF(num_inputs=n), progress=False)
-        clocked("fit", lambda: fitted.fit(loader_of(entry, batches, 0, c)))
-        clocked("calibrate", lambda: fitted.calibrate(loader_of(entry, (20, 20), 1, c)))
+        clocked("fit", lambda: fitted.fit(loader_of(entry, batches, 0)))
+        clocked("calibrate", lambda: fitted.calibrate(loader_of(entry, (20, 20), 1)))
         clocked("forward", lambda: fitted.network(x))
         probs = clocked("predict", lambda: fitted.predict_proba(x))
         clocked("save", lambda: fitted.save(Path(folder) / "ella"))
@@ -245,7 +245,7 @@ def large(entry: Entry, settings: Settings) -> dict[str, Any]:
         assert torch.equal(again.predict_proba(x), probs)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "classes": c,
+        "classes": entry.classes,
         "seconds": seconds,
         "peak_bytes": memory.bytes,
         "file_bytes": file_bytes,

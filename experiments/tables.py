@@ -20,6 +20,7 @@ from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
     COST_COLUMNS,
+    DENSE_COLUMNS,
     FIDELITY_COLUMNS,
     SHIFT_COLUMNS,
     TEXT_KERNEL_COLUMNS,
@@ -28,6 +29,7 @@ from _report import (
     pipes,
 )
 from _study import TABLES, Study, draw
+from latency import latency_table
 from models import large_table, model_table
 from small_validation import table as small_validation_table
 
@@ -42,6 +44,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "uci": uci_table,
     "toy": toy_table,
     "small-validation": small_validation_table,
+    "latency": latency_table,
     "models": model_table,
     "models-large": large_table,
 }
@@ -114,6 +117,8 @@ def table(name: str) -> str:
         columns, by = SHIFT_COLUMNS, "corruption"
     elif name.startswith("cost"):
         columns = COST_COLUMNS
+    elif name.startswith("dense"):
+        columns = DENSE_COLUMNS
     elif name == "text-kernel":
         columns = TEXT_KERNEL_COLUMNS
     rows = results["rows"]

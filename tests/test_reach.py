@@ -11,7 +11,7 @@ from kinds import CLASSES, mlp
 from torch import nn
 
 from ella import ELLA, Categorical, LastLayer, NeuralEF, Nystrom, Training
-from ella.baselines import MAP, TemperatureScaling
+from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
 from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Rows
 from ella.linearize import Linearized
@@ -246,7 +246,7 @@ def dense(kind, method, **options):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("method", [NEURAL, Nystrom(3, 12)], ids=["neural", "nystrom"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_position_is_predicted(kind, method, tmp_path):
     ella, model, x, y = dense(kind, method)
     axis = DENSE[kind][2]
@@ -294,6 +294,44 @@ def test_products_at_rows_equal_those_of_a_wrapper(kind):
     torch.testing.assert_close(linearized(rows), out[example, position].detach())
     v = torch.randn(2, linearized.num_parameters, dtype=torch.float64)
     torch.testing.assert_close(linearized.jvp(rows, v), found @ v.T)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_last_layer_at_every_position(kind):
+    """φφᵀ is the kernel of the last layer, linear or a convolution of size 1, at each row."""
+    ella, model, x, _ = dense(kind, LastLayer(residual="none"))
+    last = Linearized(model, trainable=("head.weight", "head.bias"))
+    example, position = torch.arange(16), torch.arange(16) % (6 if kind == "tagging" else 48)
+    expected = last.kernel_blocks(Rows(x, example, position))
+    positions = len(ella.features(x).mean) // 16
+    factor = ella.features(x).factor[example * positions + position]
+    torch.testing.assert_close(factor @ factor.mT, expected)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("structure", ["full", "kron"])
+def test_last_layer_laplace_at_every_position(kind, structure):
+    """With all positions it is that of a loader of the layer's inputs, one row at a time."""
+    pytest.importorskip("laplace")
+    make, data, axis = DENSE[kind]
+    model, (x, y) = made(make).double().eval(), data()
+    x, y = x.double() if isinstance(x, torch.Tensor) else x, y.clamp_min(0)
+    found = LastLayerLaplace(model, structure=structure, **QUIET)
+    found.positions = 100
+    found.fit(loader_of(x, y, 6))
+    inputs = []
+    model.head.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    model(**x) if isinstance(x, dict) else model(x)
+    rows = (inputs[0].movedim(1, -1) if axis == 1 else inputs[0]).flatten(0, -2).detach()
+    linear = nn.Linear(rows.shape[1], CLASSES).double()
+    with torch.no_grad():
+        linear.weight.copy_(model.head.weight.view(CLASSES, -1))
+        linear.bias.copy_(model.head.bias)
+    alone = LastLayerLaplace(nn.Sequential(nn.Identity(), linear), structure=structure, **QUIET)
+    alone.fit([(rows, y.flatten())])
+    torch.testing.assert_close(
+        found.gaussian(x).covariance(), alone.gaussian(rows).covariance(), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", DENSE)

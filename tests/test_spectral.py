@@ -19,6 +19,7 @@ from ella.spectral import (
     Regression,
     ResidualMLP,
     Samples,
+    SideBySide,
     SpectralLoss,
     TraceObjective,
     Training,
@@ -536,6 +537,34 @@ def test_regression_learns_a_linear_map(generator):
     history = train(network, loss, chosen, generator=generator, progress=False)
     assert min(history) < 1e-4
     torch.testing.assert_close(network(x), y, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_networks_side_by_side_give_what_each_gives(depth, generator):
+    x = 3 + 2 * torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    networks = [
+        ResidualMLP(6, shape, width=width, depth=depth, generator=generator).double().eval()
+        for shape, width in (((4, 3), 16), ((4,), 7), ((2, 1), 30))
+    ]
+    for scale, network in enumerate(networks):
+        network.standardize(x * (scale + 1))
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for n in (1, 50):
+        together = SideBySide(networks)(x[:n])
+        for found, network in zip(together, networks, strict=True):
+            torch.testing.assert_close(found, network(x[:n]))
+
+
+def test_only_networks_that_are_alike_go_side_by_side():
+    class Other(ResidualMLP):
+        pass
+
+    one = ResidualMLP(3, (2,), width=4)
+    assert SideBySide.fitting([one, ResidualMLP(3, (5, 2), width=9)])
+    others = [ResidualMLP(2, (2,)), ResidualMLP(3, (2,), depth=1), Other(3, (2,)), nn.ReLU()]
+    assert not any(SideBySide.fitting([one, other]) for other in others)
+    assert SideBySide.fitting([ResidualMLP(3, (2,), depth=0)]) is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

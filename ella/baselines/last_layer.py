@@ -1,6 +1,5 @@
 """Laplace over the weights of the last linear layer, by laplace-torch and BackPACK."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap
+from ella.activations import FeatureTaps
 from ella.baselines._laplace import LaplaceBaseline, LaplaceLoader, fit_laplace, num_bytes
 from ella.batches import Batches, Split
-from ella.choosing import last_linear
+from ella.choosing import input_of, last_linear
 from ella.inputs import Inputs, check_choice, slices
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
@@ -95,7 +94,7 @@ class LastLayerLaplace(LaplaceBaseline):
         data = LaplaceLoader(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
         laplace = fit_laplace(
             # Its feature extractor refuses a model that is one module.
-            nn.Sequential(nn.Identity(), copy.deepcopy(layer).double().requires_grad_()),
+            nn.Sequential(nn.Identity(), _as_linear(layer)),
             data,
             likelihood=self._name,
             backend="BackPackGGN",
@@ -244,9 +243,23 @@ def _tap(linearized: Linearized, x: Inputs) -> FeatureTaps:
     name = last_linear(linearized.network, x)
     if name is None:
         raise ValueError(
-            "LastLayerLaplace needs a model whose logits come straight from an nn.Linear."
+            "LastLayerLaplace needs a model whose logits come straight from an nn.Linear, or from "
+            "a convolution of size 1."
         )
-    return FeatureTaps(linearized.network, [Tap(name, "input", channels_first=True)])
+    return FeatureTaps(linearized.network, [input_of(linearized.network.model, name)])
+
+
+def _as_linear(layer: Any) -> nn.Linear:  # noqa: ANN401 - a linear layer or a convolution
+    """A trainable float64 copy; a convolution of size 1 becomes what it is at each position."""
+    c, d = layer.weight.shape[:2]
+    # First weights would be drawn from the global generator.
+    bias = layer.bias is not None
+    linear = nn.utils.skip_init(nn.Linear, d, c, bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight.view(c, d))
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+    return linear.to(layer.weight.device)
 
 
 def _evaluate_with_input(taps: FeatureTaps, x: Inputs) -> tuple[Tensor, Tensor]:

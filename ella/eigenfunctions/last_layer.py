@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ella.activations import FeatureTaps, Tap
+from ella.activations import FeatureTaps
 from ella.batches import Batches, Loader, as_batches
-from ella.choosing import last_linear
+from ella.choosing import input_of, is_linear, last_linear
 from ella.eigenfunctions.base import check_product_residual
 from ella.inputs import Inputs
 from ella.linearize import Linearized
@@ -38,15 +37,15 @@ class LastLayer:
         """See `EigenfunctionMethod.fit`. One batch is looked at, to find the layer.
 
         Raises:
-            ValueError: If the model's outputs are not those of a trainable `nn.Linear`, or half of
-                the memory budget does not hold the k×k matrix G.
+            ValueError: If the model's outputs are not those of a trainable linear layer, or half
+                of the memory budget does not hold the k×k matrix G.
         """
         x, _ = as_batches(loader, linearized.network).first()
         name = last_linear(linearized.network, x)
         if name is None:
             raise ValueError(
-                "LastLayer needs a model whose outputs come straight from an nn.Linear. Use "
-                "NeuralEF or Nystrom instead."
+                "LastLayer needs a model whose outputs come straight from an nn.Linear, or from a "
+                "convolution of size 1. Use NeuralEF or Nystrom instead."
             )
         found = LastLayerFeatures(linearized, name, self.residual)
         if 16 * found.rank**2 > linearized.memory_budget:
@@ -82,11 +81,12 @@ class LastLayerFeatures:
         self.residual = residual
         linear = dict(linearized.network.model.named_modules()).get(layer)
         dot = f"{layer}." if layer else ""
-        if not isinstance(linear, nn.Linear) or f"{dot}weight" not in linearized.trainable:
-            raise ValueError(f"LastLayer needs a trainable nn.Linear at {layer!r}.")
-        self.num_inputs, self.num_features = linear.in_features, linear.out_features
+        if not is_linear(linear) or f"{dot}weight" not in linearized.trainable:
+            raise ValueError(f"LastLayer needs a trainable linear layer at {layer!r}.")
+        weight = linearized.network.parameters((f"{dot}weight",))[f"{dot}weight"]
+        self.num_features, self.num_inputs = weight.shape[:2]
         self.has_bias = f"{dot}bias" in linearized.trainable
-        self.taps = FeatureTaps(linearized.network, [Tap(layer, "input", channels_first=True)])
+        self.taps = FeatureTaps(linearized.network, [input_of(linearized.network.model, layer)])
 
     @property
     def rank(self) -> int:

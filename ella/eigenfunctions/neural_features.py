@@ -12,7 +12,7 @@ from ella.inputs import Inputs
 from ella.network import Network
 from ella.predictive import LogitGaussian
 from ella.saving import State
-from ella.spectral import Eigenbasis, ResidualMLP
+from ella.spectral import Eigenbasis, ResidualMLP, SideBySide
 
 NetworkFactory = Callable[[int, tuple[int, int], torch.Generator], nn.Module]
 """`(num_inputs, (c, k), generator)` ↦ a module whose outputs have shape (n, c, k)."""
@@ -86,16 +86,21 @@ class NeuralFeatures:
         self.basis = basis
         self.residual = residual
         self.made = made
+        networks = [basis.network, *([] if residual is None else [residual.network])]
+        same = made.reads == "activations"
+        self._together = SideBySide.fitting(networks) if same else None
 
     @torch.no_grad()
     def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
         logits, activations = self.taps(x)
-        phi = self.basis.scaled(
-            self.basis.network(x if self.made.reads == "inputs" else activations)
-        )
-        residual = None if self.residual is None else self.residual(activations)
-        return LogitGaussian(logits, phi, residual)
+        if self._together is None:
+            psi = self.basis.network(x if self.made.reads == "inputs" else activations)
+            raw = [] if self.residual is None else [self.residual.network(activations)]
+        else:
+            psi, *raw = self._together(activations)
+        residual = None if self.residual is None else self.residual.variances(*raw)
+        return LogitGaussian(logits, self.basis.scaled(psi), residual)
 
     @property
     def rank(self) -> int:

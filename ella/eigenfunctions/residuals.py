@@ -1,5 +1,7 @@
 """Learned residuals: the prior variance outside the span of φ, read off activations."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ LOG_TRACE_WEIGHT = 0.3
 """Weight of the squared error of log tr κ(x, x) beside the relative error of the block."""
 
 
-class LearnedResidual(nn.Module):
+class LearnedResidual(nn.Module, ABC):
     """R(x) from activations, its size learned on the scale of logs.
 
     Sizes never exceed e times the largest one seen in training.
@@ -39,6 +41,14 @@ class LearnedResidual(nn.Module):
         self.location.copy_(logs.mean())
         self.spread.copy_(logs.std().clamp_min(1e-6))
         self.highest.copy_(logs.max())
+
+    @abstractmethod
+    def variances(self, raw: Tensor) -> Tensor:
+        """R, as variances (n, c) or blocks (n, c, c), from what the network gave."""
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """R(x) from activations, shape (n, d)."""
+        return self.variances(self.network(activations))
 
     def rescale(self, factor: float) -> None:
         """Multiply R by a factor."""
@@ -92,9 +102,9 @@ class DiagonalResidual(LearnedResidual):
         train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Variances, shape (n, c)."""
-        value = self.network(activations) * self.spread + self.location
+    def variances(self, raw: Tensor) -> Tensor:
+        """Variances (n, c) from standardised log variances (n, c)."""
+        value = raw * self.spread + self.location
         return torch.minimum(value, self.highest + 1).exp()
 
 
@@ -145,7 +155,7 @@ class FactorResidual(LearnedResidual):
         train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
-    def blocks(self, raw: Tensor) -> Tensor:
+    def variances(self, raw: Tensor) -> Tensor:
         """LLᵀ, shape (n, c, c), from the network's output (n, c, r + 1)."""
         factor, log_scale = raw[..., :-1], raw[..., -1].mean(-1)
         log_scale = (log_scale * self.spread + self.location).clamp_max(self.highest + 1)
@@ -164,14 +174,10 @@ class FactorResidual(LearnedResidual):
             inside: φφᵀ, shape (n, c, c).
             blocks: κ(x, x), shape (n, c, c).
         """
-        found = inside + self.blocks(raw)
+        found = inside + self.variances(raw)
         squared = (found - blocks).square().sum((1, 2)) / blocks.square().sum((1, 2))
         log_ratio = _trace(found).log() - _trace(blocks).log()
         return (squared + LOG_TRACE_WEIGHT * log_ratio.square()).mean()
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Covariances, shape (n, c, c)."""
-        return self.blocks(self.network(activations))
 
 
 def chosen(values: Tensor, rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ c = 1. The inner product is the mean over examples, summed over outputs.
 from ella.spectral.eigenbasis import Eigenbasis, learn_eigenbasis, ritz_basis, ritz_head
 from ella.spectral.laplacian import Jet
 from ella.spectral.losses import Loss, Regression, SpectralLoss, least_squares
-from ella.spectral.networks import LinearHead, ParallelMLP, ResidualMLP
+from ella.spectral.networks import LinearHead, ParallelMLP, ResidualMLP, SideBySide
 from ella.spectral.nystrom import NystromBasis, leading_eigenpairs, numerical_eigenpairs
 from ella.spectral.objectives import (
     NestedLoRA,
@@ -61,6 +61,7 @@ __all__ = [
     "ResidualMLP",
     "Samples",
     "Schrodinger",
+    "SideBySide",
     "SpectralLoss",
     "TraceObjective",
     "Training",

@@ -107,18 +107,77 @@ class ResidualMLP(nn.Module):
         linear, mlp = self.linear, self.mlp
         out = F.linear(x, linear.weight, linear.bias)
         if mlp is not None:
-            out = out + (mlp(x) if self.training else _without_dropout(mlp, x))
+            out = out + mlp(x)
         return out.view(-1, *self.shape)
 
 
-def _without_dropout(mlp: nn.Sequential, x: Tensor) -> Tensor:
-    """A perceptron in evaluation mode; calls of its modules would take half of the time."""
-    for layer in mlp._modules.values():
-        if isinstance(layer, nn.Linear):
-            x = F.linear(x, layer.weight, layer.bias)
-        elif isinstance(layer, nn.GELU):
-            x = F.gelu(x)
-    return x
+class SideBySide:
+    """Trained `ResidualMLP`s on the same inputs, as batched products of stacked weights.
+
+    For one example the calls of modules would cost more than their arithmetic. Narrow networks
+    are filled up with units that stay 0. Dropout is off; later changes are not seen.
+
+    Args:
+        networks: Of one number of inputs and depth, which is at least 1.
+    """
+
+    def __init__(self, networks: Sequence[ResidualMLP]) -> None:
+        self.shapes = [network.shape for network in networks]
+        self.mean = torch.stack([network.mean for network in networks]).unsqueeze(1)
+        self.scale = torch.stack([network.scale for network in networks]).unsqueeze(1)
+        width = max(network.width for network in networks)
+        *hidden, linear, last = zip(*map(_linear_layers, networks), strict=True)
+        self.hidden = [_stacked(layers, width, first=not i) for i, layers in enumerate(hidden)]
+        # The linear map and the perceptron's last layer as one, on both of what they read.
+        self.last = [
+            (
+                torch.cat([_wide(layer.weight, width) for layer in both], dim=1),
+                sum(layer.bias.detach() for layer in both),
+            )
+            for both in zip(linear, last, strict=True)
+        ]
+
+    @staticmethod
+    def fitting(networks: Sequence[nn.Module]) -> "SideBySide | None":
+        """These networks, if they can be evaluated so."""
+        # Not `isinstance`: a class derived from it may do anything.
+        known = [net for net in networks if type(net) is ResidualMLP and net.depth]
+        sizes = {(net.num_inputs, net.depth) for net in known}
+        return SideBySide(known) if len(known) == len(networks) and len(sizes) == 1 else None
+
+    def __call__(self, features: Tensor) -> list[Tensor]:
+        """What each network makes of inputs (n, d)."""
+        (weight, bias), *others = self.hidden
+        x = hidden = torch.baddbmm(bias, (features - self.mean) / self.scale, weight)
+        for weight, bias in others:
+            hidden = torch.baddbmm(bias, F.gelu(hidden), weight)
+        read = torch.cat([x, F.gelu(hidden)], dim=-1)
+        return [
+            F.linear(each, weight, bias).view(-1, *shape)
+            for each, (weight, bias), shape in zip(read, self.last, self.shapes, strict=True)
+        ]
+
+
+def _linear_layers(network: ResidualMLP) -> list[nn.Linear]:
+    """The first, those between hidden layers, the linear map's, and the perceptron's last."""
+    layers = [layer for layer in network.mlp or () if isinstance(layer, nn.Linear)]
+    first = [] if network.first is None else [network.first]
+    return [*first, *layers[:-1], network.linear, *layers[-1:]]
+
+
+def _stacked(layers: Sequence[nn.Linear], width: int, *, first: bool) -> tuple[Tensor, Tensor]:
+    """Weights (m, inputs, width) and biases (m, 1, width) of m layers, zeros at missing units."""
+    weights = [layer.weight if first else _wide(layer.weight, width) for layer in layers]
+    biases = [_wide(layer.bias, width) for layer in layers]
+    return (
+        torch.stack([_wide(weight.T, width) for weight in weights]),
+        torch.stack(biases).unsqueeze(1),
+    )
+
+
+def _wide(values: Tensor, width: int) -> Tensor:
+    """Filled up with zeros to this many columns."""
+    return F.pad(values.detach(), (0, width - values.shape[-1]))
 
 
 def _linear(num_inputs: int, num_outputs: int, generator: torch.Generator | None) -> nn.Linear:
