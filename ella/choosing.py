@@ -22,8 +22,6 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.inst
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FEW, MORE = 3, 5
 """Two numbers of examples: what has an axis that grows from one to the other follows the batch."""
-TOLERANCE = 1e-3
-"""Relative differences up to this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,7 @@ def _that_follow(
     for i, each in enumerate(both):
         runs = (permuted.get(i), alone.get(i))
         found = read.get(i)
-        if found is None or not all(_same(found[order], run) for run in runs):
+        if found is None or not all(_same(found[order], run, network.tolerance) for run in runs):
             continue
         if all(i in one and one[i].shape[1] == found.shape[1] for one in elsewhere):
             known = replace(each, tap=replace(each.tap, width=found.shape[1]))
@@ -263,13 +261,13 @@ def _that_follow(
     return [kept[each.tap.module] for each in seen if each.tap.module in kept]
 
 
-def _same(expected: Tensor, found: Tensor | None) -> bool:
+def _same(expected: Tensor, found: Tensor | None, tolerance: float) -> bool:
     """Whether the first examples agree, but for rounding."""
     if found is None or found.shape[1:] != expected.shape[1:]:
         return False
     expected = expected[: len(found)]
     scale = expected.abs().max().clamp_min(1e-12)
-    return bool((found - expected).abs().max() <= TOLERANCE * scale)
+    return bool((found - expected).abs().max() <= tolerance * scale)
 
 
 # What is worth reading

@@ -10,7 +10,7 @@ from ella.likelihoods import Bernoulli, Categorical, Likelihood
 from ella.network import Network
 
 TOLERANCE = 1e-3
-"""Relative differences up to this are rounding; ten times that for half precision."""
+"""Probabilities sum to 1 up to this."""
 REMEMBERED = 4096
 """Training examples that are recognised among validation data."""
 STACKLEVEL = 4
@@ -61,6 +61,7 @@ def _alone(network: Network, x: Inputs) -> Tensor:
     try:
         return network(take(x, slice(1)))
     except (RuntimeError, ValueError) as error:
+        network(x)  # what fails on the whole batch, too, has another reason and raises its own
         raise ValueError(
             f"The model takes a batch of {num_examples(x)}, but not one example alone ({error}). "
             f"Is there BatchNorm without running statistics (track_running_stats=False)? Give it "
@@ -77,8 +78,8 @@ def are_probabilities(outputs: Tensor, likelihood: Likelihood) -> bool:
 
 
 def _same(network: Network, found: Tensor, expected: Tensor) -> bool:
-    tolerance = TOLERANCE * (1 if network.dtype.itemsize >= 4 else 10)
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-6))
+    scale = expected.abs().max().clamp_min(1e-6)
+    return bool((found - expected).abs().max() <= network.tolerance * scale)
 
 
 MANY = object()

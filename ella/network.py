@@ -98,6 +98,11 @@ class Network:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def tolerance(self) -> float:
+        """Relative differences of outputs and activations up to this are rounding."""
+        return 1e-3 if self.dtype.itemsize >= 4 else 1e-2
+
+    @property
     def input_dtype(self) -> torch.dtype | None:
         """What real inputs should be: the dtype of its weights; None if they have several."""
         return self.dtype if self._one_dtype else None
