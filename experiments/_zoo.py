@@ -109,7 +109,7 @@ def torchvision_entries() -> list[Entry]:
         Entry(
             "r2plus1d_18", "torchvision", "video", lambda: video("r2plus1d_18"), clips(4, 24), True
         ),
-        Entry("s3d", "torchvision", "video", lambda: video("s3d"), clips(16, 64), True),
+        Entry("s3d", "torchvision", "video", lambda: video("s3d"), clips(16, 224), True),
     ]
 
 

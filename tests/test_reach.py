@@ -388,33 +388,51 @@ def test_sketched_products_are_right_on_average():
     assert (found.mean() - a @ b).abs() < 4 * found.std() / 20
 
 
-def wide(c=CLASSES):
+def wide(c=CLASSES, width=40):
     return nn.Sequential(
-        nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, c)
+        *(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()),
+        nn.Linear(width, c),
     )
 
 
-def test_rows_that_do_not_fit_are_sketched():
-    """A budget too small for one Jacobian still fits, near what stored rows give."""
+def sampled(model, num_directions, budget=2**30):
+    """A sample of 100 inputs as they are and 100 augmented ones; S and κ of the former."""
     method = NeuralEF(
-        rank=8, num_inputs=200, num_directions=32, width=32, teacher=Training(steps=300)
+        rank=8, num_inputs=200, num_directions=num_directions, teacher=Training(steps=30)
     )
-    x, y = normal(200, 4, seed=4), torch.arange(200) % CLASSES
-    loader = loader_of(x, y, 50)
+    x, y = normal(200, 4, seed=4).to(next(model.parameters())), torch.arange(200) % CLASSES
+    linearized = Linearized(model, memory_budget=budget)
+    sample = method.sample(linearized, loader_of(x, y, 50), seed=0, progress=False)
+    jacobian = Linearized(model).jacobian(sample.inputs.parts[0][:100]).flatten(0, 1)
+    inside = (sample.kernel_features[:100] / sample.scale).flatten(0, 1)
+    return sample, inside @ inside.mT, jacobian @ jacobian.mT
+
+
+def test_the_kernel_is_exact_where_directions_span_all_of_a_short_row():
+    """67 weights are not folded, and as many directions leave nothing out."""
+    model = made(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES))).double()
+    sample, found, expected = sampled(model, 67)
+    torch.testing.assert_close(found, expected)
+    norms = sample.diagonal[:100].flatten() / sample.scale**2
+    torch.testing.assert_close(norms, expected.diagonal())
+
+
+def test_directions_are_the_leading_ones():
+    """Folded to 4,096 numbers, r directions leave little more than the best r would."""
+    _, found, expected = sampled(made(lambda: wide(width=80)).double(), 24)
+    values = torch.linalg.eigvalsh(expected).flip(0)
+    best = values[24:].square().sum().sqrt() / values.norm()
+    assert best < (found - expected).norm() / expected.norm() < 2 * best + 0.05
+
+
+def test_a_budget_too_small_for_one_jacobian_is_enough():
     model = made(wide)
-    errors = {}
-    for name, budget in (("stored", 2**30), ("sketched", 2**11)):
-        linearized = Linearized(model, memory_budget=budget)
-        sample = method.sample(linearized, loader, seed=0, progress=False)
-        assert (sample.blocks is None) == (name == "sketched")
-        half = x.shape[0] // 2  # as they are, not augmented
-        inside = sample.kernel_features[:half] / sample.scale
-        known = sample.inputs.parts[0][:half]
-        blocks = Linearized(model).kernel_blocks(known)
-        errors[name] = ((inside @ inside.mT - blocks).norm() / blocks.norm()).item()
-        ella = ELLA(model, eigenfunctions=method, memory_budget=budget, **QUIET).fit(loader)
-        assert ella.predict_proba(X).shape == (N, CLASSES)
-    assert errors["sketched"] < max(2 * errors["stored"], 0.2)
+    sample, found, expected = sampled(model, 32, budget=2**11)
+    assert sample.blocks is None
+    assert (found - expected).norm() < 0.2 * expected.norm()
+    x, y = normal(200, 4, seed=4), torch.arange(200) % CLASSES
+    ella = ELLA(model, eigenfunctions=NEURAL, memory_budget=2**11, **QUIET)
+    assert ella.fit(loader_of(x, y, 50)).predict_proba(X).shape == (N, CLASSES)
 
 
 def test_of_many_outputs_some_stand_for_all():

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,49 +15,20 @@ from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 log = logging.getLogger("ella")
 
 SKETCH_SIZE = 4096
-"""Numbers that a row of the Jacobian is folded to where rows are too long to be kept."""
+"""Numbers that a row of the Jacobian is folded to."""
 FOLDS_AT_ONCE = 256
 """Folds of a row that are signed and added at a time."""
-SKETCHED_INPUTS = 1000
-"""Inputs whose sketched rows the leading directions are found from."""
-
-
-class Directions(Protocol):
-    """r directions."""
-
-    def __len__(self) -> int:
-        """R."""
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Rows of the Jacobian (i, j, p) in terms of the directions, (i, j, r)."""
+SKETCHED_ROWS = 1000
+"""Rows of the Jacobian that the leading directions are found from."""
 
 
 @dataclass(frozen=True)
-class StoredRows:
-    """The span of m sampled rows of the Jacobian.
-
-    Attributes:
-        rows: Shape (m, p).
-        mix: Makes them orthonormal, shape (m, r).
-    """
-
-    rows: Tensor
-    mix: Tensor
-
-    def __len__(self) -> int:
-        return self.mix.shape[1]
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """See `Directions`."""
-        return (rows @ self.rows.T) @ self.mix
-
-
-@dataclass(frozen=True)
-class SketchedRows:
-    """Leading directions of rows that are sketched, never stored: memory p + s·r, not r·p.
+class Directions:
+    """Leading directions V of the Jacobian's rows, which are sketched, never stored.
 
     A row is multiplied by random signs and folded to s numbers, so that inner products are right
-    on average (a count sketch); V are the leading eigenvectors of sampled sketched rows.
+    on average (a count sketch), and exact where s = p; V are the leading eigenvectors of sampled
+    sketched rows. The memory is p + s·r, not r·p.
 
     Reference: Finding frequent items in data streams (Charikar et al., 2002); for gradients:
     TRAK (Park et al., 2023), https://arxiv.org/abs/2303.14186
@@ -75,7 +45,7 @@ class SketchedRows:
         return self.axes.shape[1]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """See `Directions`."""
+        """Rows of the Jacobian (i, j, p) in terms of the directions, (i, j, r)."""
         return folded(rows, self.signs, len(self.axes)) @ self.axes
 
 
@@ -141,19 +111,48 @@ def find_directions(
     num_directions: int,
     generator: torch.Generator,
 ) -> Directions:
-    """`num_directions` directions from rows of the Jacobian, a random output of each input.
-
-    The rows are stored where four times the memory budget holds them, and else sketched.
+    """The `num_directions` leading directions of `SKETCHED_ROWS` rows, random outputs of inputs.
 
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
     """
-    m = min(num_directions, len(inputs))
-    if m * linearized.row_bytes <= 4 * linearized.memory_budget:
-        rows, mix = _stored(linearized, inputs, m, generator)
-        check_rank(rank, mix.shape[1])
-        return StoredRows(rows, mix)
-    return _sketched(linearized, inputs, rank, num_directions, generator)
+    p = linearized.num_parameters
+    size = min(p, max(SKETCH_SIZE, num_directions))
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    signs = random_signs(p, seed, linearized.device)
+    sketches = _sampled_sketches(linearized, inputs, signs, size, generator)
+    log.info(
+        "rows of %d weights are sketched to %d numbers; directions from %d rows",
+        p,
+        size,
+        len(sketches),
+    )
+    values, vectors = numerical_eigenpairs(row_gram(sketches))
+    values, vectors = values[:num_directions], vectors[:, :num_directions]
+    check_rank(rank, len(values))
+    return Directions(signs, sketches.T @ (vectors / values.sqrt()).to(sketches))
+
+
+def _sampled_sketches(
+    linearized: Linearized,
+    inputs: Collection,
+    signs: Tensor,
+    size: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Sketches of one random output of each input, or of several where inputs are few: (m, s)."""
+    chosen = torch.randperm(len(inputs), generator=generator)[:SKETCHED_ROWS]
+    c = linearized.num_outputs(inputs.parts[0])
+    each = min(c, -(-SKETCHED_ROWS // len(chosen)))
+    draws = torch.rand(len(chosen), c, generator=generator)
+    outputs = draws.topk(each, dim=1).indices.to(linearized.device)
+    shape = (len(chosen), each, size)
+    sketches = torch.empty(shape, dtype=linearized.dtype, device=linearized.device)
+    for where, x in inputs.chosen(chosen):
+        sketches[where] = linearized.over_rows(
+            x, lambda rows: folded(rows, signs, size), outputs[where]
+        )
+    return sketches.flatten(0, 1)
 
 
 def check_rank(rank: int, spanned: int) -> None:
@@ -163,49 +162,3 @@ def check_rank(rank: int, spanned: int) -> None:
             f"`rank` is {rank}, but the sampled rows of the Jacobian span only {spanned} "
             f"directions. Lower `rank`, or raise `num_directions` or the number of inputs."
         )
-
-
-def _chosen_outputs(
-    linearized: Linearized, inputs: Collection, m: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """M inputs, and an output of each."""
-    chosen = torch.randperm(len(inputs), generator=generator)[:m]
-    c = linearized.num_outputs(inputs.parts[0])
-    return chosen, torch.randint(c, (m,), generator=generator).to(linearized.device)
-
-
-def _stored(
-    linearized: Linearized, inputs: Collection, m: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    chosen, outputs = _chosen_outputs(linearized, inputs, m, generator)
-    shape = (m, linearized.num_parameters)
-    rows = torch.empty(shape, dtype=linearized.dtype, device=linearized.device)
-    for where, x in inputs.chosen(chosen):
-        rows[where] = linearized.row_gradients(x, outputs[where])
-    values, vectors = numerical_eigenpairs(row_gram(rows))
-    return rows, (vectors / values.sqrt()).to(rows)
-
-
-def _sketched(
-    linearized: Linearized,
-    inputs: Collection,
-    rank: int,
-    num_directions: int,
-    generator: torch.Generator,
-) -> SketchedRows:
-    p, size = linearized.num_parameters, max(SKETCH_SIZE, num_directions)
-    m = min(SKETCHED_INPUTS, len(inputs))
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    signs = random_signs(p, seed, linearized.device)
-    log.info("rows of %d weights are sketched to %d numbers from %d inputs", p, size, m)
-    chosen, outputs = _chosen_outputs(linearized, inputs, m, generator)
-    sketches = torch.empty(m, size, dtype=linearized.dtype, device=linearized.device)
-    for where, x in inputs.chosen(chosen):
-        sketches[where] = linearized.over_rows(
-            x, lambda rows: folded(rows, signs, size), outputs[where].unsqueeze(1)
-        ).squeeze(1)
-    values, vectors = numerical_eigenpairs(row_gram(sketches))
-    check_rank(rank, len(values))
-    values, vectors = values[:num_directions], vectors[:, :num_directions]
-    axes = sketches.T @ (vectors / values.sqrt()).to(sketches)
-    return SketchedRows(signs, axes)

@@ -61,8 +61,8 @@ class NeuralEF:
     After `fit` no Jacobian is needed, and nothing of size p is kept. Memory while fitting:
     num_inputs·q·num_directions numbers for S, q being c, or 8 where c is more than
     num_directions + 64; num_inputs·c² for the blocks κ(x, x) where half of the memory budget holds
-    a Jacobian c·p; num_directions·p for rows where four times the budget holds them, else p +
-    5096·4096 for a sketch of them; plus one chunk, or one row.
+    a Jacobian c·p; p + 5096·4096 for sketches of rows, which give the directions; plus one chunk,
+    or one row.
 
     Attributes:
         rank: k.
@@ -75,8 +75,7 @@ class NeuralEF:
             be one tensor, and `num_inputs` is how many numbers one example holds.
         num_inputs: Inputs to learn from.
         augment: Makes inputs that look unseen; None uses each training input once, as it is.
-        num_directions: Rows of the Jacobian whose span carries the kernel; fewer if four times the
-            memory budget cannot hold them.
+        num_directions: Leading directions of the Jacobian's rows, which carry the kernel.
         width: Hidden units of the default network.
         depth: Its hidden layers; 0 leaves a linear map.
         teacher: Training on the teacher; None skips it.
