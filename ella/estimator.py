@@ -1,7 +1,6 @@
 """`ELLA`: the stages in order, from a trained model to calibrated predictions."""
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +10,15 @@ from torch import Tensor, nn
 from ella.batches import Loader, Split
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.fitted import Fit
-from ella.formats import KINDS, given_or_saved, upgraded
-from ella.hints import MANY, Seen, hint
-from ella.hyperparameters import Hyperparameters, Tuning
+from ella.hints import hint
 from ella.inputs import Inputs, check_positive, slices, take
 from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
-from ella.network import Network
 from ella.outputs import Output
 from ella.posterior import LaplaceEvaluation, TrainingSums, accumulate
-from ella.predictions import NotFittedError
-from ella.predictive import Link, LogitGaussian
-from ella.predictor import Predictor
-from ella.saving import DAMAGE, Json, State, describe, read, rebuild, write
-from ella.wrappers import clean
+from ella.predictive import LogitGaussian
+from ella.seen import MANY, Seen
+from ella.stored import Stored
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +28,7 @@ SUSPICIOUS = 0.05
 """Share of validation examples that may be training examples, too, before a hint is given."""
 
 
-class ELLA(Predictor):
+class ELLA(Stored):
     r"""Accelerated linearized Laplace for any trained classifier or regressor.
 
     The posterior over the logits is N(f(x)/τ, S(x)/τ²) with
@@ -115,7 +109,7 @@ class ELLA(Predictor):
         self.memory_budget = memory_budget
         self.positions = positions
         self._fit: Fit | None = None
-        self._seen = Seen()
+        self._seen = Seen.of_unknown()
 
     @property
     def linearized(self) -> Linearized:
@@ -156,6 +150,7 @@ class ELLA(Predictor):
             )
         seen = Seen()
         sums = self._sums(found, train_loader, seen)
+        self._hint_about_labels(seen)
         fit = Fit.of(found, sums, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
@@ -175,8 +170,52 @@ class ELLA(Predictor):
             ModelChangedError: If the weights changed since.
         """
         fit = self._fitted()
-        sums = fit.sums + self._sums(fit.eigenfunctions, loader, self._seen)
-        self._fit = Fit.of(fit.eigenfunctions, sums, fit.trainable)
+        seen = self._seen.copy()
+        sums = fit.sums + self._sums(fit.eigenfunctions, loader, seen)
+        self._fit, self._seen = Fit.of(fit.eigenfunctions, sums, fit.trainable), seen
+        return self
+
+    def forget(self, loader: Loader) -> "Self":
+        """Take data out of G again, as if they had never been in; the inverse of `partial_fit`.
+
+        Eigenfunctions, which are a basis and not a posterior, and hyperparameters stay. The data
+        have to be as they were when they came in: what a loader augments anew is not the same.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ModelChangedError: If the weights changed since.
+            ValueError: If they were not all in. That is seen example by example as long as all
+                data that came in were remembered (4,096 examples, not in files); else only if G
+                without them is no sum over data.
+        """
+        fit, seen = self._fitted(), self._seen.copy()
+        gone = Seen()
+        removed = self._sums(fit.eigenfunctions, loader, gone)
+        seen.remove(gone)
+        sums = fit.sums - removed
+        self._fit, self._seen = Fit.of(fit.eigenfunctions, sums, fit.trainable), seen
+        return self
+
+    def decay(self, factor: float) -> "Self":
+        """Let old data count less, before new ones come in by `partial_fit`: G becomes factor·G.
+
+        With the same factor before each of many updates, data t updates old count factorᵗ. They
+        cannot be forgotten exactly any more: `forget` takes out an example as it counted at first.
+
+        Args:
+            factor: Above 0, at most 1.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ModelChangedError: If the weights changed since.
+            ValueError: If the factor is out of range.
+        """
+        check_positive("factor", factor)
+        if factor > 1:
+            raise ValueError(f"`factor` must lie in (0, 1]; got {factor!r}.")
+        fit = self._fitted()
+        self._fit = Fit.of(fit.eigenfunctions, fit.sums.scaled(factor), fit.trainable)
+        self._seen = Seen.of_unknown()
         return self
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
@@ -221,135 +260,6 @@ class ELLA(Predictor):
         tensors += fit.eigenfunctions.state().tensors.values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: every stage, all settings and the model's fingerprint.
-
-        The model itself is not in it. On any failure an old file stays as it was.
-
-        Raises:
-            NotFittedError: Before `fit`.
-            ModelChangedError: If the weights changed since: new weights do not belong to old
-                eigenfunctions.
-            OSError: If the file cannot be written.
-        """
-        self.network.refreshed_fingerprint()
-        write(path, self._state())
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: nn.Module,
-        *,
-        eigenfunctions: EigenfunctionMethod | None = None,
-        likelihood: Likelihood | None = None,
-        link: Link | None = None,
-        output: Output = None,
-        split: Split | None = None,
-        progress: bool = True,
-    ) -> "ELLA":
-        """Read what `save` wrote, in this version or before. Nothing in the file is executed.
-
-        Args:
-            path: The file.
-            model: The same trained model as when it was saved.
-            eigenfunctions: Needed only if a custom network, objective or augmentation was used.
-            likelihood: Needed only if it, as `link` and `output`, is not one of ella's.
-            link: See `likelihood`.
-            output: See `likelihood`, and the constructor.
-            split: Needed only for unusual loaders; no file holds it.
-            progress: Whether to show progress bars.
-
-        Raises:
-            ValueError: If the file is not from this library, is damaged, or belongs to another
-                model.
-        """
-        network = Network(model)
-        where = os.fspath(path)
-        format_found, state = read(path)
-        try:
-            state = upgraded(state, network) if format_found == 1 else state
-            fingerprint = state.text("fingerprint")
-        except DAMAGE as error:
-            raise ValueError(f"{where!r} is damaged: {error}.") from error
-        if fingerprint != network.fingerprint():
-            raise ValueError(
-                f"{where!r} was saved for another model: names, classes, shapes or values of its "
-                f"modules and weights differ. Load the weights it was fitted with first."
-            )
-        try:
-            given: dict[str, Any] = {"likelihood": likelihood, "eigenfunctions": eigenfunctions}
-            given |= {"link": link, "output": output}
-            parts = {name: given_or_saved(state, name, value) for name, value in given.items()}
-            ella = cls._configured(state, model, parts, progress, split)
-            ella._restore(state.to(network.device), parts["link"])
-        except DAMAGE as error:
-            raise ValueError(f"{where!r} cannot be loaded: {error}.") from error
-        return ella
-
-    @classmethod
-    def _configured(
-        cls,
-        state: State,
-        model: nn.Module,
-        parts: Mapping[str, Any],
-        progress: bool,
-        split: Split | None,
-    ) -> "ELLA":
-        """An object with the settings of the one that was saved."""
-        options = state.part("options")
-        precision = options.settings.get("prior_precision")
-        return cls(
-            model,
-            likelihood=parts["likelihood"],
-            eigenfunctions=parts["eigenfunctions"],
-            output=parts["output"],
-            split=split,
-            positions=options.settings.get("positions", cls.positions),
-            prior_precision=None if precision is None else options.number("prior_precision"),
-            temperature=options.number("temperature"),
-            logit_temperature=options.number("logit_temperature"),
-            seed=options.integer("seed", 2**63),
-            memory_budget=options.integer("memory_budget"),
-            progress=progress,
-        )
-
-    def _restore(self, state: State, link: Link | None) -> None:
-        """Everything that was fitted and tuned."""
-        settings = state.settings
-        fit = Fit.restore(self.network, self.eigenfunctions, state, self.memory_budget)
-        chosen = rebuild(settings["hyperparameters"], KINDS)
-        tuning = rebuild(settings["tuning"], KINDS)
-        for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
-            if not (isinstance(value, kind) or (value is None and kind is not Hyperparameters)):
-                raise ValueError(f"{value!r} is no {kind.__name__}")
-        self._fit = fit
-        self._set_fitted(chosen)
-        self.tuning, self.link = tuning, link
-
-    def _state(self) -> State:
-        fit = self._fitted()
-        options: dict[str, Json] = {
-            "prior_precision": self.prior_precision,
-            "temperature": self.temperature,
-            "logit_temperature": self.logit_temperature,
-            "seed": self.seed,
-            "memory_budget": self.memory_budget,
-            "positions": self.positions,
-        }
-        return State.joined(
-            {"fitted": fit.eigenfunctions.state(), "sums": fit.sums.state()},
-            fingerprint=self.network.fingerprint(),
-            trainable=[clean(name) for name in fit.trainable],
-            likelihood=describe(self.likelihood),
-            eigenfunctions=describe(self.eigenfunctions),
-            output=describe(self.network.output),
-            options=options,
-            hyperparameters=describe(self._require_fitted()),
-            tuning=describe(self.tuning),
-            link=describe(self.link),
-        )
-
     def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
         fit = self._fit or self._fitted()  # whoever asks has looked whether it still holds
         return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
@@ -371,8 +281,6 @@ class ELLA(Predictor):
                 for part in slices(len(y), self._piece_size(x))
             )
             sums = accumulate(parts, self.likelihood)
-        if seen is not self._seen:  # later data may well be of one class
-            self._hint_about_labels(seen)
         return sums if view.share == 1 else sums.scaled(1 / view.share)
 
     def _hint_about_labels(self, seen: Seen) -> None:
@@ -388,9 +296,3 @@ class ELLA(Predictor):
                 "calibrate was given training data: there the classifier is over-confident, and "
                 "the search learns that nothing is wrong. Pass data that it was not trained on."
             )
-
-    def _fitted(self) -> Fit:
-        self._require_fitted()
-        if self._fit is None:
-            raise NotFittedError("This ELLA is not fitted. Call ELLA.fit(train_loader) first.")
-        return self._fit

@@ -2,17 +2,14 @@
 
 import warnings
 
-import torch
 from torch import Tensor
 
-from ella.inputs import Inputs, Rows, example_shape, input_tensors, num_examples, take
+from ella.inputs import Inputs, num_examples, take
 from ella.likelihoods import Bernoulli, Categorical, Likelihood
 from ella.network import Network
 
 TOLERANCE = 1e-3
 """Probabilities sum to 1 up to this."""
-REMEMBERED = 4096
-"""Training examples that are recognised among validation data."""
 STACKLEVEL = 4
 """Hints are given by a method of a predictor that the user called."""
 
@@ -80,48 +77,3 @@ def are_probabilities(outputs: Tensor, likelihood: Likelihood) -> bool:
 def _same(network: Network, found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().clamp_min(1e-6)
     return bool((found - expected).abs().max() <= network.tolerance * scale)
-
-
-MANY = object()
-
-
-class Seen:
-    """Remembers examples, to recognise them: by one number each, in memory only.
-
-    Attributes:
-        one_label: The label that all had so far, `MANY` if they differ.
-    """
-
-    def __init__(self) -> None:
-        self.one_label: object = None
-        self._numbers: dict[tuple[object, ...], list[Tensor]] = {}
-        self._count = 0
-
-    def note(self, x: Inputs, y: Tensor) -> None:
-        """Remember a batch, as long as there are few, and whether labels differ."""
-        if self.one_label is not MANY:
-            first = y.flatten()[0]
-            alike = bool((y == first).all()) and self.one_label in (None, first.item())
-            self.one_label = first.item() if alike else MANY
-        if self._count < REMEMBERED and not isinstance(x, Rows):
-            self._numbers.setdefault(example_shape(x), []).append(_numbers(x))
-            self._count += num_examples(x)
-
-    def share(self, x: Inputs) -> float:
-        """Which share of a batch was noted."""
-        known = self._numbers.get(example_shape(x))
-        if known is None or isinstance(x, Rows):
-            return 0.0
-        return torch.isin(_numbers(x), torch.cat(known)).double().mean().item()
-
-
-def _numbers(x: Inputs) -> Tensor:
-    """A number of each example that changes with any of its values, (n,), float64."""
-    total = torch.zeros(num_examples(x), dtype=torch.float64)
-    for tensor in input_tensors(x):
-        if len(tensor) != len(total):
-            return total[:0]
-        flat = tensor.detach().reshape(len(tensor), -1).double().cpu()
-        generator = torch.Generator().manual_seed(flat.shape[1])
-        total += flat @ torch.randn(flat.shape[1], generator=generator, dtype=torch.float64)
-    return total

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+DOWNDATE_ROUNDING = 1e-6
+"""Negative eigenvalues up to this share of the curvature are rounding of float32 features."""
+
+
 @dataclass(frozen=True)
 class TrainingSums:
     """Sums over data: plain sums, so batches, later data, and processes add up.
@@ -63,6 +67,24 @@ class TrainingSums:
             self.prior_variance + other.prior_variance,
             self.num_examples + other.num_examples,
         )
+
+    def __sub__(self, other: "TrainingSums") -> "TrainingSums":
+        """The sums without data that are in them.
+
+        Raises:
+            ValueError: If what is left is no sum over data.
+        """
+        left = self + other.scaled(-1)
+        scale = self.curvature.diagonal().abs().max().item()
+        lowest = torch.linalg.eigvalsh(left.curvature)[0].item() if len(left.curvature) else 0.0
+        enough = left.num_examples > 0 and left.prior_variance > 0
+        if not enough or lowest < -DOWNDATE_ROUNDING * scale:
+            raise ValueError(
+                f"Data to forget were never all in: without {other.num_examples} of "
+                f"{self.num_examples} examples the smallest eigenvalue of the curvature is "
+                f"{lowest:.3g}. At least one example has to stay; to start again, call `fit`."
+            )
+        return left
 
     def scaled(self, factor: float) -> "TrainingSums":
         """The sums over `factor` times as many examples that are like these."""

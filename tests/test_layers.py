@@ -30,6 +30,7 @@ ORDER = (
     "likelihoods",
     "positions",
     "hints",
+    "seen",
     "posterior",
     "eigenfunctions",
     "hyperparameters",
@@ -40,6 +41,7 @@ ORDER = (
     "baselines",
     "fitted",
     "formats",
+    "stored",
     "estimator",
     "sklearn",
 )
