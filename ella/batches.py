@@ -1,14 +1,17 @@
 """What a loader yields: batches of inputs and labels, told apart, checked and moved."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
-from ella.inputs import Collated, Inputs, as_inputs, check_inputs, is_array, moved
+from ella.inputs import Collated, Inputs, as_inputs, check_inputs, is_array, moved, take
 from ella.network import Network
+from ella.processes import Processes
 from ella.targets import as_labels
 
 Loader = Iterable[object]
@@ -31,6 +34,8 @@ class Batches:
         dtype: Of its weights; real inputs are cast to it. None leaves them as they are.
         split: Tells inputs and labels apart; None is `split_batch`.
         view: `(x, y, number)` ↦ what is yielded of a labelled batch; None yields it as it is.
+        processes: Those that share the data; None is this one alone. What a `DistributedSampler`
+            repeats to give all of them as much is left out of labelled batches.
 
     Raises:
         TypeError: If `loader` is a tensor, an iterator, or not iterable.
@@ -44,6 +49,7 @@ class Batches:
         dtype: torch.dtype | None = None,
         split: Split | None = None,
         view: View | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if isinstance(loader, (Tensor, str, Mapping)) or not isinstance(loader, Iterable):
             raise TypeError(
@@ -57,6 +63,7 @@ class Batches:
             )
         self.loader, self.device, self.dtype = loader, device, dtype
         self.split, self.view = split, view
+        self.processes = Processes() if processes is None else processes
         self._number: int | None = None
 
     def labelled(self) -> Iterator[tuple[Inputs, Tensor]]:
@@ -66,6 +73,7 @@ class Batches:
             TypeError: If a batch has the wrong form; the message begins with its number.
             ValueError: If the loader yields nothing, or a batch is bad (`check_inputs`).
         """
+        left = unrepeated(self.loader)
         for batch in self._each():
             x, y = self._split(batch, labels=True)
             x, n = self._admitted(x)
@@ -73,6 +81,11 @@ class Batches:
             if len(y) != n:
                 raise ValueError(f"A batch has {n} inputs but {len(y)} labels.")
             y = y.to(self.device)
+            if left < n:
+                x, y = take(x, slice(int(left))), y[: int(left)]
+            left = max(0, left - n)
+            if not len(y):
+                continue
             if self.view is not None:
                 x, y = self.view(x, y, self._number or 0)
             if len(y):
@@ -83,9 +96,9 @@ class Batches:
         for batch in self._each():
             yield self._admitted(self._split(batch, labels=False)[0])[0]
 
-    def first(self) -> tuple[Inputs, Tensor]:
-        """The first labelled batch."""
-        found = next(self.labelled())
+    def first(self) -> tuple[Inputs, Tensor] | None:
+        """The first labelled batch; None if it is other processes that have the data."""
+        found = next(self.labelled(), None)
         self.end()
         return found
 
@@ -113,7 +126,7 @@ class Batches:
             empty, self._number = False, number
             yield batch
         self.end()
-        if empty:
+        if empty and self.processes.size == 1:
             raise ValueError("The loader is empty: expected at least one batch.")
 
     def _split(self, batch: object, *, labels: bool) -> tuple[object, object]:
@@ -127,6 +140,14 @@ class Batches:
     def _admitted(self, x: object) -> tuple[Inputs, int]:
         inputs = moved(as_inputs(x), self.device, self.dtype)
         return inputs, check_inputs(inputs, self.device)
+
+
+def unrepeated(loader: object) -> float:
+    """How many examples a `DistributedSampler` gives this process before it repeats some."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return math.inf
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
 
 
 def split_batch(batch: object, *, labels: bool = True) -> tuple[object, object]:

@@ -7,13 +7,16 @@ precision δ, computed from cached features. Nothing here knows how it was made.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
+import torch
 from torch import Tensor
 
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Likelihood
 from ella.predictive import Link, LogitGaussian
+from ella.processes import Processes
 
 REACH = math.log(30.0)
 """How far T and the scale may move from 1 (from σ²), in the log."""
@@ -78,6 +81,38 @@ class Belief:
 
 
 @dataclass(frozen=True)
+class Score:
+    """How losses become one number, over the validation data of all processes.
+
+    Attributes:
+        num_examples: Examples that count.
+        share: Weight of this process's mean in that of all.
+        processes: Who has the others.
+    """
+
+    num_examples: int
+    share: float
+    processes: Processes
+
+    @classmethod
+    def of(
+        cls, likelihood: Likelihood, y: Tensor, processes: Processes, *, counts: bool
+    ) -> "Score":
+        """For this process's checked targets, which may be there only to compute along."""
+        weights = likelihood.weights(y)
+        weight = len(y) if weights is None else weights.sum().item()
+        own = torch.tensor([likelihood.num_counted(y), weight], dtype=torch.float64) * counts
+        num_examples, total = processes.sum(own.to(y.device)).tolist()
+        return cls(round(num_examples), own[1].item() / total if total else 0.0, processes)
+
+    def mean(self, losses: Tensor) -> float:
+        """Of losses that are weighted so that their mean over a process is its score."""
+        if self.processes.size == 1:
+            return losses.mean().item()
+        return self.processes.sum(losses.double().mean() * self.share).item()
+
+
+@dataclass(frozen=True)
 class Search:
     r"""Chooses (δ, T, scale) by validation likelihood × hyperprior.
 
@@ -98,6 +133,8 @@ class Search:
         y: Targets that it has checked.
         link: How outputs become predictions.
         initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
+        processes: Who has the other validation data; None if nobody has.
+        counts: Whether these data count, or are there only to compute along.
     """
 
     gaussian_at: Callable[[float], LogitGaussian]
@@ -105,6 +142,14 @@ class Search:
     y: Tensor
     link: Link
     initial_scale: float = 1.0
+    processes: Processes | None = None
+    counts: bool = True
+
+    @cached_property
+    def score(self) -> Score:
+        """How losses become one number."""
+        processes = self.processes or Processes()
+        return Score.of(self.likelihood, self.y, processes, counts=self.counts)
 
     def run(self, precisions: list[float]) -> Tuning:
         """Try every δ of an increasing grid, which is empty for a method that has none.
@@ -132,14 +177,14 @@ class Search:
     @property
     def num_examples(self) -> int:
         """Validation examples that count."""
-        return self.likelihood.num_counted(self.y)
+        return self.score.num_examples
 
     def without_posterior(self, precision: float) -> tuple[float, Belief]:
         """The negative log-likelihood of the MAP, and temperature scaling."""
         losses = self.likelihood.losses(self.gaussian_at(precision), self.y, self.link)
 
         def nll(logs: Logs) -> float:
-            return losses(0.0, math.exp(logs[0])).mean().item()
+            return self.score.mean(losses(0.0, math.exp(logs[0])))
 
         origin = (math.log(self.initial_scale),)
         map_nll = nll(origin)
@@ -201,7 +246,7 @@ class Search:
         """(log T, log scale) ↦ validation negative log-likelihood an example, at one δ."""
         gaussian = self.gaussian_at(precision).compressed()
         losses = self.likelihood.losses(gaussian, self.y, self.link)
-        return lambda logs: losses(math.exp(logs[0]), math.exp(logs[1])).mean().item()
+        return lambda logs: self.score.mean(losses(math.exp(logs[0]), math.exp(logs[1])))
 
     @property
     def _hyperprior(self) -> "_Hyperprior":
@@ -236,7 +281,7 @@ class Search:
             if any(nll((end, scale)) <= chosen.nll for end in (-REACH, REACH)):
                 found.append("temperature")
         losses = self.likelihood.losses(self.gaussian_at(chosen.precision), self.y, self.link)
-        ends = (losses(0.0, self.initial_scale * end).mean().item() for end in (low, high))
+        ends = (self.score.mean(losses(0.0, self.initial_scale * end)) for end in (low, high))
         if any(end <= chosen.nll for end in ends):
             found.append(self.likelihood.scale)
         return tuple(found)

@@ -57,6 +57,9 @@ class ELLA(Stored):
         positions: Of outputs for every position, the most rows of one example that `fit` and
             `calibrate` look at.
         memory_budget: Bytes that one Jacobian product may take (`Linearized`).
+        process_group: Of `torch.distributed`, whose processes each have a part of the data; None
+            takes all processes if `init_process_group` was called. All of them have to call what
+            takes a loader of labelled data; each predicts for itself, and one of them saves.
 
     Raises:
         TypeError: If `model` is not an `nn.Module`.
@@ -83,6 +86,7 @@ class ELLA(Stored):
         seed: int = 0,
         progress: bool = True,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        process_group: object = None,
     ) -> None:
         super().__init__(
             model,
@@ -107,6 +111,7 @@ class ELLA(Stored):
         self.temperature = temperature
         self.logit_temperature = logit_temperature
         self.memory_budget = memory_budget
+        self.process_group = process_group
         self.positions = positions
         self._fit: Fit | None = None
         self._seen = Seen.of_unknown()
@@ -280,8 +285,13 @@ class ELLA(Stored):
                 for x, y in noted(pairs)
                 for part in slices(len(y), self._piece_size(x))
             )
-            sums = accumulate(parts, self.likelihood)
-        return sums if view.share == 1 else sums.scaled(1 / view.share)
+            processes = batches.processes
+            empty = processes.size > 1 and batches.first() is None
+            sums = None if empty else accumulate(parts, self.likelihood)
+        if sums is not None and view.share != 1:
+            sums = sums.scaled(1 / view.share)
+        seen.complete = seen.complete and processes.size == 1
+        return TrainingSums.over(processes, sums, self._device)
 
     def _hint_about_labels(self, seen: Seen) -> None:
         if isinstance(self.likelihood, Discrete) and seen.one_label is not MANY:

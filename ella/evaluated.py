@@ -55,5 +55,5 @@ class Evaluated(Predictive):
     def _tunable(self) -> bool:
         return self.method._tunable
 
-    def _precisions(self, evaluation: Evaluation) -> list[float]:
-        return self.method._precisions(evaluation)
+    def _precisions(self, evaluation: Evaluation, prior_variance: float) -> list[float]:
+        return self.method._precisions(evaluation, prior_variance)

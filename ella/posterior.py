@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ella.likelihoods import Likelihood
 from ella.predictive import Evaluation, LogitGaussian
+from ella.processes import Processes
 from ella.saving import State
 
 if TYPE_CHECKING:
@@ -85,6 +86,26 @@ class TrainingSums:
                 f"{lowest:.3g}. At least one example has to stay; to start again, call `fit`."
             )
         return left
+
+    @classmethod
+    def over(
+        cls, processes: Processes, own: "TrainingSums | None", device: torch.device
+    ) -> "TrainingSums":
+        """The sums over the data of all processes, of which this one may have none.
+
+        Raises:
+            ValueError: If no process has any.
+        """
+        shapes = processes.agreed(
+            None if own is None else (own.curvature.shape, own.statistics.shape)
+        )
+        if own is None:
+            empty, none = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
+            own = cls(empty, none, 0.0, 0)
+        counts = own.statistics.new_tensor([own.prior_variance, own.num_examples])
+        prior_variance, num_examples = processes.sum(counts).tolist()
+        curvature, statistics = processes.sum(own.curvature), processes.sum(own.statistics)
+        return cls(curvature, statistics, prior_variance, round(num_examples))
 
     def scaled(self, factor: float) -> "TrainingSums":
         """The sums over `factor` times as many examples that are like these."""

@@ -105,13 +105,26 @@ class Predictive(ABC):
             return self
         chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
         with self._labelled_batches(val_loader).named() as batches:
-            evaluation, y = self._evaluate_loader(batches)
-        if self.likelihood.num_counted(y) == 0:
-            raise ValueError("No label of the validation data counts: all are ignored.")
+            found = self._evaluate_loader(batches)
+            processes = batches.processes
+        # Without data of its own a process computes along with one example that does not count.
+        if found is None or processes.size > 1:
+            first = processes.agreed(None if found is None else _first(*found))
+        evaluation, y = first if found is None else found
         noise = self.likelihood.scale == "noise_variance"
-        initial = fitted.noise_variance if noise else 1.0
-        search = Search(evaluation.gaussian, self.likelihood, y, chosen, initial)
-        tuning = search.run(self._precisions(evaluation))
+        search = Search(
+            evaluation.gaussian,
+            self.likelihood,
+            y,
+            chosen,
+            initial_scale=fitted.noise_variance if noise else 1.0,
+            processes=processes,
+            counts=found is not None,
+        )
+        if search.num_examples == 0:
+            raise ValueError("No label of the validation data counts: all are ignored.")
+        variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64, device=y.device)
+        tuning = search.run(self._precisions(evaluation, search.score.mean(variance)))
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
         self._warn_of_edges(tuning)
         return self
@@ -211,10 +224,9 @@ class Predictive(ABC):
         """Whether there is anything to choose."""
         return True
 
-    def _precisions(self, evaluation: Evaluation) -> list[float]:
+    def _precisions(self, evaluation: Evaluation, prior_variance: float) -> list[float]:
         """The grid of prior precisions; empty for a method without a posterior."""
-        variance = evaluation.prior_variance()
-        return precision_grid(variance) if variance > 0 else []
+        return precision_grid(prior_variance) if prior_variance > 0 else []
 
     def _epistemic(self) -> Hyperparameters:
         """The numbers in use, or the best with T > 0 where those have T = 0."""
@@ -310,8 +322,8 @@ class Predictive(ABC):
     def _look_at_validation(self, x: Inputs, *, first: bool) -> None:  # noqa: B027
         """Say if the batch is no validation data."""
 
-    def _evaluate_loader(self, batches: Batches) -> tuple[Evaluation, Tensor]:
-        """Evaluations of a whole loader, joined, and its checked labels."""
+    def _evaluate_loader(self, batches: Batches) -> tuple[Evaluation, Tensor] | None:
+        """Evaluations of a whole loader, joined, and its checked labels; None if it is empty."""
         parts: list[Evaluation] = []
         targets = []
         for x, y in self._progress_over(batches.labelled(), "evaluate"):
@@ -319,7 +331,7 @@ class Predictive(ABC):
             found = [self._evaluate(part) for part in self._cut(x)]
             parts.extend(found)
             targets.append(self.likelihood.check(y, found[0].logits.shape[1]))
-        return type(parts[0]).joined(parts), torch.cat(targets)
+        return (type(parts[0]).joined(parts), torch.cat(targets)) if parts else None
 
     def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:
         bar: Iterable[T] = tqdm(items, desc=what, disable=not self.progress, leave=False)
@@ -346,6 +358,11 @@ class Predictive(ABC):
                 f"More validation data may settle it.",
                 stacklevel=3,
             )
+
+
+def _first(evaluation: Evaluation, y: Tensor) -> tuple[Evaluation, Tensor]:
+    """One example."""
+    return evaluation.rows(slice(1)), y[:1]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from ella.network import Network
 from ella.outputs import Output
 from ella.positions import SampledRows
 from ella.predictions import Predictive
+from ella.processes import Processes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,10 +54,12 @@ class Predictor(Predictive):
         memory_budget: Bytes of working memory; prediction takes a sixteenth of it at a time.
         positions: Of outputs for every position, the most rows of one example that are looked at
             in `fit` and `calibrate`.
+        process_group: Whose processes share labelled data; None for all, if there are several.
     """
 
     memory_budget: int = DEFAULT_MEMORY_BUDGET
     positions: int = 64
+    process_group: object = None
 
     def __init__(
         self,
@@ -112,7 +115,12 @@ class Predictor(Predictive):
 
     def _batches(self, loader: Loader, view: View | None = None) -> Batches:
         return Batches(
-            loader, self._device, dtype=self.network.input_dtype, split=self.split, view=view
+            loader,
+            self._device,
+            dtype=self.network.input_dtype,
+            split=self.split,
+            view=view,
+            processes=Processes(self.process_group),
         )
 
     def _labelled_batches(self, loader: Loader) -> Batches:
@@ -147,9 +155,9 @@ class Predictor(Predictive):
         """Fail on wrong labels before the long part, not after it."""
         for x, y in batches.labelled():
             self.likelihood.check(y, self.network(x).shape[1])
+            batches.end()
+            hint_about_model(self.network, x, self.likelihood)
             break
-        batches.end()
-        hint_about_model(self.network, x, self.likelihood)
 
     def _set_fitted(self, hyperparameters: Hyperparameters) -> None:
         """The last step of `fit`: from here on the model must stay as it is."""
@@ -189,7 +197,10 @@ class Predictor(Predictive):
             y = self.likelihood.check(y, outputs.shape[1])
             part = self.likelihood.statistics(outputs, y)
             total = part if total is None else total + part
-        return 1.0 if total is None else self.likelihood.initial_scale(total)
+        shape = batches.processes.agreed(None if total is None else total.shape)
+        if total is None:
+            total = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        return self.likelihood.initial_scale(batches.processes.sum(total))
 
     def _started(self, prior_precision: float, scale: float) -> Hyperparameters:
         """The hyperparameters of a fresh fit."""

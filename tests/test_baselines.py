@@ -192,7 +192,7 @@ def test_kronecker_calibrates_with_exact_covariances():
     method = KroneckerLaplace(model, progress=False).fit(loader)
     x, y = make_data((4,), 30, seed=3)
     evaluation, _ = method._evaluate_loader(method._batches([(x[:11], y[:11]), (x[11:], y[11:])]))
-    grid = method._precisions(evaluation)
+    grid = method._precisions(evaluation, evaluation.prior_variance())
     for precision in grid:
         cached = evaluation.gaussian(precision).covariance()
         torch.testing.assert_close(cached, at_precision(method, precision).logits(x)[1])

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "ella"
 ORDER = (
+    "processes",
     "inputs",
     "targets",
     "collection",
@@ -89,9 +90,9 @@ def test_imports_point_one_way(path):
         ("predictive", {"inputs"}),
         ("scores", {"predictive"}),
         ("likelihoods", {"inputs", "targets", "predictive", "scores"}),
-        ("posterior", {"predictive", "likelihoods", "saving"}),
+        ("posterior", {"predictive", "likelihoods", "saving", "processes"}),
         ("hyperparameters", {"predictive", "likelihoods"}),
-        ("calibrate", {"predictive", "likelihoods", "hyperparameters"}),
+        ("calibrate", {"predictive", "likelihoods", "hyperparameters", "processes"}),
     ],
 )
 def test_the_halves_do_not_know_each_other(part, allowed):

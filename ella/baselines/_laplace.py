@@ -17,6 +17,7 @@ from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
 from ella.predictions import NotFittedError
 from ella.predictor import Predictor
+from ella.processes import Processes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,9 +80,15 @@ class LaplaceBaseline(Predictor):
         Raises:
             ImportError: If laplace-torch or one of its backends is missing.
             TypeError: If the loader, the labels or the model have the wrong form.
-            ValueError: If a batch, a label or a setting is bad.
+            ValueError: If a batch, a label or a setting is bad, or several processes have a part
+                of the data each, which laplace-torch knows nothing of.
         """
         require_baselines()
+        if Processes(self.process_group).size > 1:
+            raise ValueError(
+                f"{type(self).__name__} is fitted by laplace-torch, in one process with all the "
+                f"data. Give it a process group of its own, as its attribute `process_group`."
+            )
         linearized = Linearized(self.network, memory_budget=self.memory_budget)
         with self._labelled_batches(train_loader).named() as batches, torch.inference_mode(False):
             scale = self._initial_scale(batches)

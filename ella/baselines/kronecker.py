@@ -145,7 +145,7 @@ class KroneckerLaplace(LaplaceBaseline):
         covariances = _covariances(self._linearized, self._blocks, x, precisions)
         return _KroneckerEvaluation(self._linearized(x), covariances, tuple(precisions))
 
-    def _precisions(self, evaluation: Evaluation) -> list[float]:
+    def _precisions(self, evaluation: Evaluation, prior_variance: float) -> list[float]:
         return self._grid
 
 

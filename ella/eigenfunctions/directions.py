@@ -10,6 +10,7 @@ from torch import Tensor
 from ella.collection import Collection
 from ella.inputs import Inputs, slices
 from ella.linearize import Linearized
+from ella.processes import Processes
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
 log = logging.getLogger("ella")
@@ -110,8 +111,11 @@ def find_directions(
     rank: int,
     num_directions: int,
     generator: torch.Generator,
+    processes: Processes,
 ) -> Directions:
     """The `num_directions` leading directions of `SKETCHED_ROWS` rows, random outputs of inputs.
+
+    All processes find the same, from the inputs of all.
 
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
@@ -120,7 +124,7 @@ def find_directions(
     size = min(p, max(SKETCH_SIZE, num_directions))
     seed = int(torch.randint(2**31, (1,), generator=generator))
     signs = random_signs(p, seed, linearized.device)
-    sketches = _sampled_sketches(linearized, inputs, signs, size, generator)
+    sketches = _sampled_sketches(linearized, inputs, signs, size, generator, processes)
     log.info(
         "rows of %d weights are sketched to %d numbers; directions from %d rows",
         p,
@@ -139,20 +143,22 @@ def _sampled_sketches(
     signs: Tensor,
     size: int,
     generator: torch.Generator,
+    processes: Processes,
 ) -> Tensor:
     """Sketches of one random output of each input, or of several where inputs are few: (m, s)."""
-    chosen = torch.randperm(len(inputs), generator=generator)[:SKETCHED_ROWS]
-    c = linearized.num_outputs(inputs.parts[0])
+    start, total = processes.extent(len(inputs))
+    chosen = torch.randperm(total, generator=generator)[:SKETCHED_ROWS]
+    c = processes.agreed(linearized.num_outputs(inputs.parts[0]) if inputs.parts else None)
     each = min(c, -(-SKETCHED_ROWS // len(chosen)))
     draws = torch.rand(len(chosen), c, generator=generator)
     outputs = draws.topk(each, dim=1).indices.to(linearized.device)
     shape = (len(chosen), each, size)
-    sketches = torch.empty(shape, dtype=linearized.dtype, device=linearized.device)
-    for where, x in inputs.chosen(chosen):
+    sketches = torch.zeros(shape, dtype=linearized.dtype, device=linearized.device)
+    for where, x in inputs.chosen(chosen - start):  # those of this process
         sketches[where] = linearized.over_rows(
             x, lambda rows: folded(rows, signs, size), outputs[where]
         )
-    return sketches.flatten(0, 1)
+    return processes.sum(sketches).flatten(0, 1)
 
 
 def check_rank(rank: int, spanned: int) -> None:

@@ -40,8 +40,10 @@ class LastLayer:
             ValueError: If the model's outputs are not those of a trainable linear layer, or half
                 of the memory budget does not hold the k×k matrix G.
         """
-        x, _ = as_batches(loader, linearized.network).first()
-        name = last_linear(linearized.network, x)
+        batches = as_batches(loader, linearized.network)
+        first = batches.first()
+        seen = None if first is None else (last_linear(linearized.network, first[0]),)
+        (name,) = batches.processes.agreed(seen)
         if name is None:
             raise ValueError(
                 "LastLayer needs a model whose outputs come straight from an nn.Linear, or from a "

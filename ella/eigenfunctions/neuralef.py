@@ -120,8 +120,17 @@ class NeuralEF:
             ValueError: If the data carry fewer than `rank` directions, the network cannot read the
                 inputs, or `network` returns another shape.
         """
-        sample = self.sample(linearized, loader, seed=seed, progress=progress)
-        return self.learn(sample, seed=seed, progress=progress)
+        batches = as_batches(loader, linearized.network)
+        sample = self.sample(linearized, batches, seed=seed, progress=progress)
+        processes = batches.processes
+        if processes.size == 1:
+            return self.learn(sample, seed=seed, progress=progress)
+        # One learns for all: not every device computes the same twice.
+        state = None
+        if processes.rank == 0:
+            state = self.learn(sample, seed=seed, progress=progress).state().to("cpu")
+        state = processes.agreed(state).to(linearized.device)
+        return NeuralFeatures.restore(linearized.network, state, self.network)
 
     def sample(
         self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
@@ -132,14 +141,22 @@ class NeuralEF:
             ValueError: If the data carry fewer than `rank` directions.
         """
         generator, network = torch.Generator().manual_seed(seed), linearized.network
-        inputs = self._collect(linearized, loader, generator)
+        batches = as_batches(loader, network)
+        inputs, processes = self._collect(batches, generator), batches.processes
+        if self.reads == "inputs" and processes.size > 1:
+            raise ValueError(
+                'reads="inputs" learns from the inputs themselves, which stay where they are in '
+                'several processes. Use reads="activations".'
+            )
+        taps = choose_taps(network, *inputs.parts[:3]) if inputs.parts else None
         return sample_kernel(
             linearized,
             inputs,
-            FeatureTaps(network, choose_taps(network, *inputs.parts[:3])),
+            FeatureTaps(network, processes.agreed(taps)),
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
+            processes=processes,
             progress=progress,
         )
 
@@ -189,22 +206,26 @@ class NeuralEF:
         """
         return NeuralFeatures.restore(network, state, self.network)
 
-    def _collect(
-        self, linearized: Linearized, loader: Loader | Batches, generator: torch.Generator
-    ) -> Collection:
-        """`num_inputs` inputs: half, or one pass if that is less, as they are; then augmented."""
+    def _collect(self, batches: Batches, generator: torch.Generator) -> Collection:
+        """`num_inputs` inputs: half, or one pass if that is less, as they are; then augmented.
+
+        Each of several processes takes its share, and augments with draws of its own.
+        """
         parts: list[Inputs] = []
-        count = 0
-        batches = as_batches(loader, linearized.network)
-        plain = -(-self.num_inputs // 2)
-        while count < self.num_inputs:
+        count, processes = 0, batches.processes
+        wanted = len(range(processes.rank, self.num_inputs, processes.size))
+        draws = generator
+        if processes.size > 1:  # `generator` has to stay the same in all
+            draws = torch.Generator().manual_seed(generator.initial_seed() + 1 + processes.rank)
+        plain = -(-wanted // 2)
+        while count < wanted:
             before = count
             for x, _ in batches.labelled():
                 if count >= plain and self.augment is not None:
-                    x = self.augment(x, generator)
-                parts.append(take(x, slice(self.num_inputs - count)))
+                    x = self.augment(x, draws)
+                parts.append(take(x, slice(wanted - count)))
                 count += num_examples(parts[-1])
-                if count >= self.num_inputs:
+                if count >= wanted:
                     break
             if self.augment is None or count == before:
                 break

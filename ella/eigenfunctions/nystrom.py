@@ -79,12 +79,15 @@ class Nystrom:
         self, linearized: Linearized, loader: Loader | Batches, seed: int, progress: bool
     ) -> Tensor:
         """J_m, shape (m, p), written part by part into its place: never a second copy."""
-        generator = torch.Generator().manual_seed(seed)
-        parts = self._first_inputs(linearized, loader)
-        rows_each = linearized.num_outputs(parts[0]) if self.outputs == "all" else 1
-        m = rows_each * sum(num_examples(x) for x in parts)
-        self._check_memory(linearized, m)
-        shape = (m, linearized.num_parameters)
+        batches = as_batches(loader, linearized.network)
+        parts, processes = self._first_inputs(batches), batches.processes
+        first, total = processes.extent(sum(num_examples(x) for x in parts))
+        c = processes.agreed(linearized.num_outputs(parts[0]) if parts else None)
+        rows_each = c if self.outputs == "all" else 1
+        self._check_memory(linearized, rows_each * total)
+        chosen = torch.randint(c, (total,), generator=torch.Generator().manual_seed(seed))
+        chosen = chosen[first:].to(linearized.device)
+        shape = (rows_each * sum(map(num_examples, parts)), linearized.num_parameters)
         rows = torch.empty(shape, dtype=linearized.dtype, device=linearized.device)
         end = 0
         for x in tqdm(parts, desc="row gradients", disable=not progress, leave=False):
@@ -92,16 +95,15 @@ class Nystrom:
             if self.outputs == "all":
                 rows[start:end] = linearized.jacobian(x).flatten(0, 1)
             else:
-                c = linearized.num_outputs(x)
-                chosen = torch.randint(c, (num_examples(x),), generator=generator)
-                rows[start:end] = linearized.row_gradients(x, chosen.to(linearized.device))
-        return rows
+                rows[start:end] = linearized.row_gradients(x, chosen[start:end])
+        return processes.joined(rows, linearized.device)
 
-    def _first_inputs(self, linearized: Linearized, loader: Loader | Batches) -> list[Inputs]:
-        """The first `subsample` inputs, or all of them, in batches."""
+    def _first_inputs(self, batches: Batches) -> list[Inputs]:
+        """The first `subsample` inputs, or all of them, in batches; several processes share."""
         parts: list[Inputs] = []
-        missing = self.subsample
-        batches = as_batches(loader, linearized.network)
+        missing = len(range(batches.processes.rank, self.subsample, batches.processes.size))
+        if missing == 0:
+            return parts
         for x, _ in batches.labelled():
             parts.append(take(x, slice(missing)))
             missing -= num_examples(parts[-1])

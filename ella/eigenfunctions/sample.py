@@ -19,6 +19,7 @@ from ella.eigenfunctions.directions import (
 from ella.inputs import Inputs, num_examples, slices
 from ella.linearize import Linearized
 from ella.network import Network
+from ella.processes import Processes
 from ella.saving import State
 
 log = logging.getLogger("ella")
@@ -39,7 +40,7 @@ class KernelSample:
 
     Attributes:
         taps: Where activations are read.
-        inputs: The n inputs.
+        inputs: The n inputs, or those of them that are this process's.
         activations: Shape (n, d).
         kernel_features: S·scale with S(x) = J(x)V for r orthonormal V, shape (n, q, r), q being c
             or the number of sampled outputs.
@@ -129,27 +130,36 @@ def sample_kernel(
     rank: int,
     num_directions: int,
     generator: torch.Generator,
+    processes: Processes,
     progress: bool,
 ) -> KernelSample:
     """One pass over the inputs, of c row gradients each, or `SAMPLED_OUTPUTS` for a large c.
+
+    Each process passes over its own inputs; all get the numbers that all have found.
 
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
     """
     found = find_directions(
-        linearized, inputs, rank=rank, num_directions=num_directions, generator=generator
+        linearized,
+        inputs,
+        rank=rank,
+        num_directions=num_directions,
+        generator=generator,
+        processes=processes,
     )
-    c = linearized.num_outputs(inputs.parts[0])
+    c = processes.agreed(linearized.num_outputs(inputs.parts[0]) if inputs.parts else None)
+    start, total = processes.extent(len(inputs))
     outputs = None
     if c > num_directions + MOST_OUTPUTS:
-        draws = torch.rand(len(inputs), c, generator=generator)
+        draws = torch.rand(total, c, generator=generator)[start : start + len(inputs)]
         outputs = draws.topk(SAMPLED_OUTPUTS, dim=1).indices.to(linearized.device)
-    budget, block_bytes = linearized.memory_budget, len(inputs) * c * c * linearized.dtype.itemsize
+    budget, block_bytes = linearized.memory_budget, total * c * c * linearized.dtype.itemsize
     fits = 2 * c * linearized.row_bytes <= budget and block_bytes <= 4 * budget
     whole = outputs is None and fits
     log.info(
         "%d inputs, %d of %d outputs each, %d weights, %d directions, %s",
-        *(len(inputs), c if outputs is None else SAMPLED_OUTPUTS, c),
+        *(total, c if outputs is None else SAMPLED_OUTPUTS, c),
         *(linearized.num_parameters, len(found), "blocks" if whole else "diagonals"),
     )
     activations, features, diagonals, blocks = [], [], [], []
@@ -167,9 +177,15 @@ def sample_kernel(
         diagonals.append(norms)
         bar.update(num_examples(x))
     bar.close()
-    s, scale, axes = _scaled(torch.cat(features), c)
-    diagonal = torch.cat(diagonals) * scale**2
-    known, read = torch.cat(blocks) * scale**2 if whole else None, torch.cat(activations)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return processes.joined(torch.cat(parts) if parts else None, linearized.device)
+
+    s, scale, axes = _scaled(joined(features), c)
+    diagonal, read = joined(diagonals) * scale**2, joined(activations)
+    known = joined(blocks) * scale**2 if whole else None
+    if outputs is not None:
+        outputs = joined([outputs])
     return KernelSample(taps, inputs, read, s, diagonal, known, scale, axes, c, outputs)
 
 
