@@ -66,9 +66,7 @@ def choose_taps(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> 
         most: Upper limit of the number of stages.
     """
     model, first = network.model, not _channels_last(network.model)
-    seen = _activations(network, x, first)
-    found = _that_follow(network, x, others, seen)
-    kept = found if first else _residual_stream(model, found)
+    seen, kept = _that_describe(network, x, others)
     chosen = _stages(kept, most)
     if first:
         chosen += _last_stage(model, kept, {each.value for each in chosen})
@@ -87,6 +85,24 @@ def choose_taps(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> 
     taps = taps if last is None else [*taps, last]
     log.info("activations are read at %s", ", ".join(tap.module for tap in taps) or "the logits")
     return taps
+
+
+def stage_ends(network: Network, x: Inputs, *others: Inputs, most: int = 6) -> list[Tap]:
+    """The ends of stages and the penultimate features: some of what `choose_taps` finds.
+
+    Args:
+        network: See `choose_taps`.
+        x: See `choose_taps`.
+        *others: See `choose_taps`.
+        most: See `choose_taps`.
+    """
+    _, kept = _that_describe(network, x, others)
+    name = last_linear(network, x)
+    taps = {each.tap.module: each.tap for each in _stages(kept, most)}
+    if name is not None:
+        taps.pop(name, None)
+        return [*taps.values(), input_of(network.model, name)]
+    return list(taps.values())
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -232,6 +248,16 @@ def _returned(network: Network, x: Inputs) -> Returned:
 
 
 # What follows the batch
+
+
+def _that_describe(
+    network: Network, x: Inputs, others: tuple[Inputs, ...]
+) -> tuple[list[Activation], list[Activation]]:
+    """All activations, and those that say something of each example."""
+    model, first = network.model, not _channels_last(network.model)
+    seen = _activations(network, x, first)
+    found = _that_follow(network, x, others, seen)
+    return seen, found if first else _residual_stream(model, found)
 
 
 def _that_follow(

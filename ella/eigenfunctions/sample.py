@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ella.activations import FeatureTaps, restored_taps
 from ella.collection import Collection, input_state, restored_inputs
 from ella.eigenfunctions.directions import (
+    Directions,
     check_rank,
     find_directions,
     projected_blocks,
@@ -154,39 +155,62 @@ def sample_kernel(
     if c > num_directions + MOST_OUTPUTS:
         draws = torch.rand(total, c, generator=generator)[start : start + len(inputs)]
         outputs = draws.topk(SAMPLED_OUTPUTS, dim=1).indices.to(linearized.device)
-    budget, block_bytes = linearized.memory_budget, total * c * c * linearized.dtype.itemsize
-    fits = 2 * c * linearized.row_bytes <= budget and block_bytes <= 4 * budget
-    whole = outputs is None and fits
+    whole = outputs is None and _blocks_fit(linearized, total, c)
     log.info(
         "%d inputs, %d of %d outputs each, %d weights, %d directions, %s",
         *(total, c if outputs is None else SAMPLED_OUTPUTS, c),
         *(linearized.num_parameters, len(found), "blocks" if whole else "diagonals"),
     )
-    activations, features, diagonals, blocks = [], [], [], []
-    bar = tqdm(total=len(inputs), desc="jacobians", disable=not progress, leave=False)
-    for where, x in _numbered(inputs):
-        activations.append(taps(x)[1])
-        if whole:
-            inside, block = projected_blocks(linearized, x, found)
-            blocks.append(block)
-            norms = block.diagonal(dim1=1, dim2=2)
-        else:
-            chosen = None if outputs is None else outputs[where]
-            inside, norms = projected_rows(linearized, x, found, chosen)
-        features.append(inside)
-        diagonals.append(norms)
-        bar.update(num_examples(x))
-    bar.close()
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        return processes.joined(torch.cat(parts) if parts else None, linearized.device)
-
-    s, scale, axes = _scaled(joined(features), c)
-    diagonal, read = joined(diagonals) * scale**2, joined(activations)
-    known = joined(blocks) * scale**2 if whole else None
+    each = _Pass(linearized, taps, found, outputs, whole=whole)
+    features, diagonals, blocks, read = (
+        processes.joined(torch.cat(parts) if parts else None, linearized.device)
+        for parts in each.over(inputs, progress)
+    )
+    s, scale, axes = _scaled(features, c)
+    known = blocks * scale**2 if whole else None
     if outputs is not None:
-        outputs = joined([outputs])
-    return KernelSample(taps, inputs, read, s, diagonal, known, scale, axes, c, outputs)
+        outputs = processes.joined(outputs, linearized.device)
+    return KernelSample(
+        taps, inputs, read, s, diagonals * scale**2, known, scale, axes, c, outputs
+    )
+
+
+def _blocks_fit(linearized: Linearized, n: int, c: int) -> bool:
+    """Whether there is memory for κ(x, x) at n inputs, and to make one."""
+    budget = linearized.memory_budget
+    fits = n * c * c * linearized.dtype.itemsize <= 4 * budget
+    return fits and 2 * c * linearized.row_bytes <= budget
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What is computed of each input: see `KernelSample`."""
+
+    linearized: Linearized
+    taps: FeatureTaps
+    directions: Directions
+    outputs: Tensor | None
+    whole: bool
+
+    def over(self, inputs: Collection, progress: bool) -> tuple[list[Tensor], ...]:
+        """S, diag κ, the blocks (or the diagonals again) and activations, in parts."""
+        found: tuple[list[Tensor], ...] = ([], [], [], [])
+        bar = tqdm(total=len(inputs), desc="jacobians", disable=not progress, leave=False)
+        for where, x in _numbered(inputs):
+            for parts, part in zip(found, self._at(where, x), strict=True):
+                parts.append(part)
+            bar.update(num_examples(x))
+        bar.close()
+        return found
+
+    def _at(self, where: slice, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        read = self.taps(x)[1]
+        if self.whole:
+            inside, blocks = projected_blocks(self.linearized, x, self.directions)
+            return inside, blocks.diagonal(dim1=1, dim2=2), blocks, read
+        chosen = None if self.outputs is None else self.outputs[where]
+        inside, norms = projected_rows(self.linearized, x, self.directions, chosen)
+        return inside, norms, norms, read
 
 
 def _numbered(inputs: Collection) -> Iterator[tuple[slice, Inputs]]:
