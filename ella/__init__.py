@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from ella import metrics
 from ella.activations import FeatureTaps, Tap
 from ella.choosing import choose_taps
+from ella.distance import Distance
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens
 from ella.estimator import ELLA
 from ella.evaluated import Evaluated
@@ -32,6 +33,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Discrete",
+    "Distance",
     "Evaluated",
     "FeatureTaps",
     "Hyperparameters",

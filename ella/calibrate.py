@@ -5,32 +5,33 @@ precision δ, computed from cached features. Nothing here knows how it was made.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from ella.hyperparameters import Hyperparameters, Tuning
+from ella.hyperprior import (
+    REACH,
+    Function,
+    Hyperprior,
+    Lattice,
+    Logs,
+    compass,
+    log_sum,
+    means,
+)
 from ella.likelihoods import Likelihood
 from ella.predictive import Link, LogitGaussian
 from ella.processes import Processes
-
-REACH = math.log(30.0)
-"""How far T and the scale may move from 1 (from σ²), in the log."""
 
 LOG_ODDS = 1.0
 """Of a posterior against none, before any validation data, in nats."""
 
 NEGLIGIBLE = 12.0
 """A precision whose best point is that many nats less likely than the best weighs nothing."""
-
-Logs = tuple[float, ...]
-Function = Callable[[Logs], float]
-Lattice = list[tuple[Logs, float]]
-"""Points, and the logarithm of what each weighs."""
 
 
 def precision_grid(prior_variance: float, num: int = 15) -> list[float]:
@@ -132,6 +133,7 @@ class Search:
         likelihood: Gives losses, what its scale is, and the hyperprior's spreads.
         y: Targets that it has checked.
         link: How outputs become predictions.
+        distance_scale: s, multiplies the distance term.
         initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
         processes: Who has the other validation data; None if nobody has.
         counts: Whether these data count, or are there only to compute along.
@@ -141,6 +143,7 @@ class Search:
     likelihood: Likelihood
     y: Tensor
     link: Link
+    distance_scale: float = 0.0
     initial_scale: float = 1.0
     processes: Processes | None = None
     counts: bool = True
@@ -163,9 +166,9 @@ class Search:
             posterior = self.with_posterior(precisions)
             if posterior.log_evidence + LOG_ODDS > scaled.log_evidence:
                 chosen = posterior
-        found = None if posterior is None else posterior.mean.hyperparameters(self.likelihood)
+        found = None if posterior is None else self._numbers(posterior.mean)
         return Tuning(
-            hyperparameters=chosen.mean.hyperparameters(self.likelihood),
+            hyperparameters=self._numbers(chosen.mean),
             posterior=found,
             nll=chosen.mean.nll,
             map_nll=map_nll,
@@ -174,6 +177,44 @@ class Search:
             edges=self._edges(chosen.mean, precisions),
         )
 
+    def with_distance(self, tuning: Tuning, precisions: list[float], share: float) -> Tuning:
+        """Search again with a distance term, and take it unless it costs likelihood.
+
+        Its scale makes it `share` of the variance of the outputs that the posterior gives, on
+        average over the data; it is not searched, as data like those of training ask for none.
+
+        Args:
+            tuning: What was found without it.
+            precisions: See `run`.
+            share: ρ.
+        """
+        if tuning.posterior is None or share == 0:
+            return tuning
+        gaussian = tuning.posterior.gaussian(self.gaussian_at, self.likelihood)
+        outside = self.gaussian_at(precisions[0]).outside
+        if outside is None:
+            return tuning
+        means = self.score.mean(gaussian.variance().mean(-1)), self.score.mean(outside)
+        wider = replace(self, distance_scale=share * means[0] / means[1])
+        found = wider.run(precisions)
+        rise = wider.losses_at(found.hyperparameters) - self.losses_at(tuning.hyperparameters)
+        mean = self.score.mean(rise)
+        error = (self.score.mean(rise.square()) - mean**2) / max(self.num_examples - 1, 1)
+        return tuning if mean > math.sqrt(max(error, 0.0)) else found
+
+    def losses_at(self, chosen: Hyperparameters) -> Tensor:
+        """Losses of the examples at chosen hyperparameters."""
+        gaussian = self._gaussian_at(chosen.unit_precision(self.likelihood))
+        losses = self.likelihood.losses(gaussian, self.y, self.link)
+        return losses(chosen.temperature, chosen.scale(self.likelihood)).double()
+
+    def _gaussian_at(self, precision: float) -> LogitGaussian:
+        return self.gaussian_at(precision).widened(self.distance_scale)
+
+    def _numbers(self, point: Point) -> Hyperparameters:
+        found = point.hyperparameters(self.likelihood)
+        return replace(found, distance_scale=self.distance_scale)
+
     @property
     def num_examples(self) -> int:
         """Validation examples that count."""
@@ -181,7 +222,7 @@ class Search:
 
     def without_posterior(self, precision: float) -> tuple[float, Belief]:
         """The negative log-likelihood of the MAP, and temperature scaling."""
-        losses = self.likelihood.losses(self.gaussian_at(precision), self.y, self.link)
+        losses = self.likelihood.losses(self._gaussian_at(precision), self.y, self.link)
 
         def nll(logs: Logs) -> float:
             return self.score.mean(losses(0.0, math.exp(logs[0])))
@@ -192,12 +233,12 @@ class Search:
             raise ValueError(
                 "The validation NLL of the model itself is not finite. Check its outputs."
             )
-        prior = _Hyperprior(origin, (self.likelihood.spreads.scale,), self.num_examples)
+        prior = Hyperprior(origin, (self.likelihood.spreads.scale,), self.num_examples)
         mode = compass(lambda logs: nll(logs) + prior.penalty(logs), origin, origin)
         lattice = prior.lattice(nll, mode, prior.widths(nll, mode))
-        (log_scale,) = _means(lattice)
+        (log_scale,) = means(lattice)
         point = Point(precision, 0.0, math.exp(log_scale), nll((log_scale,)))
-        return map_nll, Belief(point, _log_sum(lattice) - prior.log_normaliser)
+        return map_nll, Belief(point, log_sum(lattice) - prior.log_normaliser)
 
     def with_posterior(self, precisions: list[float]) -> Belief:
         """T > 0: the mode of (T, scale) at each δ, then a lattice around the best ones."""
@@ -212,12 +253,12 @@ class Search:
                 log_prior = math.log(step) - self.num_examples * self._penalty(i, precisions)
                 around = prior.lattice(self._nll_at(precisions[i]), modes[i], widths)
                 lattice += [((float(i), *logs), weight + log_prior) for logs, weight in around]
-        evidence = _log_sum(lattice) - prior.log_normaliser - self._log_normaliser(precisions)
-        point = self._point(_means(lattice), precisions, step)
+        evidence = log_sum(lattice) - prior.log_normaliser - self._log_normaliser(precisions)
+        point = self._point(means(lattice), precisions, step)
         return Belief(point, evidence)
 
     def _modes(
-        self, precisions: list[float], prior: "_Hyperprior"
+        self, precisions: list[float], prior: "Hyperprior"
     ) -> tuple[list[float], list[Logs]]:
         """Least values, an example, and where they are, at each δ."""
         values, modes = [], []
@@ -244,15 +285,15 @@ class Search:
 
     def _nll_at(self, precision: float) -> Function:
         """(log T, log scale) ↦ validation negative log-likelihood an example, at one δ."""
-        gaussian = self.gaussian_at(precision).compressed()
+        gaussian = self._gaussian_at(precision).compressed()
         losses = self.likelihood.losses(gaussian, self.y, self.link)
         return lambda logs: self.score.mean(losses(math.exp(logs[0]), math.exp(logs[1])))
 
     @property
-    def _hyperprior(self) -> "_Hyperprior":
+    def _hyperprior(self) -> "Hyperprior":
         spreads = self.likelihood.spreads
         origin = (0.0, math.log(self.initial_scale))
-        return _Hyperprior(origin, (spreads.temperature, spreads.scale), self.num_examples)
+        return Hyperprior(origin, (spreads.temperature, spreads.scale), self.num_examples)
 
     def _penalty(self, index: int, precisions: list[float]) -> float:
         """Negative log hyperprior of a δ, an example; its mean is the middle of the grid."""
@@ -280,121 +321,8 @@ class Search:
             nll = self._nll_at(chosen.precision)
             if any(nll((end, scale)) <= chosen.nll for end in (-REACH, REACH)):
                 found.append("temperature")
-        losses = self.likelihood.losses(self.gaussian_at(chosen.precision), self.y, self.link)
+        losses = self.likelihood.losses(self._gaussian_at(chosen.precision), self.y, self.link)
         ends = (self.score.mean(losses(0.0, self.initial_scale * end)) for end in (low, high))
         if any(end <= chosen.nll for end in ends):
             found.append(self.likelihood.scale)
         return tuple(found)
-
-
-@dataclass(frozen=True)
-class _Hyperprior:
-    """Independent normals over logarithms, and what n examples make of them.
-
-    Attributes:
-        origin: Means.
-        spreads: Standard deviations.
-        num_examples: n.
-    """
-
-    origin: Logs
-    spreads: Logs
-    num_examples: int
-
-    def penalty(self, logs: Logs) -> float:
-        """Negative log density at a point, an example, without the constant."""
-        terms = zip(logs, self.origin, self.spreads, strict=True)
-        squares = sum(((log - at) / spread) ** 2 for log, at, spread in terms)
-        return squares / (2 * self.num_examples)
-
-    @property
-    def log_normaliser(self) -> float:
-        """The constant."""
-        return sum(math.log(spread * math.sqrt(2 * math.pi)) for spread in self.spreads)
-
-    def widths(self, nll: Function, mode: Logs) -> Logs:
-        """Standard deviations of the posterior along each axis, from second differences."""
-
-        def value(logs: Logs) -> float:
-            return self.num_examples * (nll(logs) + self.penalty(logs))
-
-        centre, widths = value(mode), list(self.spreads)
-        for axis, spread in enumerate(self.spreads):
-            for _ in range(2):  # the second time at the scale that the first has found
-                step = widths[axis]
-                ends = (_moved(mode, axis, sign * step) for sign in (-1, 1))
-                curvature = (sum(map(value, ends)) - 2 * centre) / step**2
-                widths[axis] = min(spread, max(curvature, spread**-2) ** -0.5)
-        return tuple(widths)
-
-    def lattice(self, nll: Function, mode: Logs, widths: Logs) -> "Lattice":
-        """Points out to two widths from the mode, and log (likelihood × hyperprior × cell)."""
-        log_cell = sum(map(math.log, widths))
-        points = []
-        for steps in product((-2, -1, 0, 1, 2), repeat=len(mode)):
-            moved = zip(mode, steps, widths, strict=True)
-            logs = tuple(at + step * width for at, step, width in moved)
-            value = nll(logs) + self.penalty(logs)
-            points.append((logs, log_cell - self.num_examples * value))
-        return points
-
-
-def _moved(logs: Logs, axis: int, step: float) -> Logs:
-    return (*logs[:axis], logs[axis] + step, *logs[axis + 1 :])
-
-
-def _log_sum(lattice: Lattice) -> float:
-    highest = max(weight for _, weight in lattice)
-    return highest + math.log(sum(math.exp(weight - highest) for _, weight in lattice))
-
-
-def _means(lattice: Lattice) -> Logs:
-    """Means of the coordinates under the weights."""
-    total = _log_sum(lattice)
-    columns = zip(*(logs for logs, _ in lattice), strict=True)
-    shares = [math.exp(weight - total) for _, weight in lattice]
-    return tuple(
-        sum(share * value for share, value in zip(shares, column, strict=True))
-        for column in columns
-    )
-
-
-def compass(
-    function: Function,
-    start: Logs,
-    origin: Logs,
-    step: float = 1.0,
-) -> Logs:
-    """The least point found by compass search: all 3^d − 1 directions, else half the step.
-
-    It stays within `REACH` of `origin` along each axis.
-    """
-    known: dict[tuple[float, ...], float] = {}
-
-    def at(point: tuple[float, ...]) -> float:
-        # A step shares up to five of its nine points with the step before.
-        key = tuple(round(p, 9) for p in point)
-        if key not in known:
-            known[key] = function(point)
-        return known[key]
-
-    point, value = start, at(start)
-    while step > 0.05:
-        neighbours = [(at(p), p) for p in _neighbours(point, origin, step)]
-        best_value, best_point = min(neighbours)
-        if best_value < value - 1e-7:
-            point, value = best_point, best_value
-        else:
-            step /= 2
-    return point
-
-
-def _neighbours(point: Logs, origin: Logs, step: float) -> Iterator[Logs]:
-    # Diagonals too: more variance and a sharper mean trade off along a narrow valley.
-    for signs in product((-1, 0, 1), repeat=len(point)):
-        moved = (p + sign * step for p, sign in zip(point, signs, strict=True))
-        # When a small validation set is classified without error, the score has no minimum: stop
-        # where no useful temperature lies.
-        yield tuple(
-            min(max(m, at - REACH), at + REACH) for m, at in zip(moved, origin, strict=True)
-        )

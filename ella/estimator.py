@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ella.batches import Loader, Split
-from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
-from ella.fitted import Fit
+from ella.activations import FeatureTaps
+from ella.batches import Batches, Loader, Split
+from ella.choosing import stage_ends
+from ella.distance import ActivationSums, Distance, Stages
+from ella.eigenfunctions import EigenfunctionMethod, NeuralEF
+from ella.fitted import Features, Fit, Sums
 from ella.hints import hint
 from ella.inputs import Inputs, check_positive, slices, take
 from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
-from ella.posterior import LaplaceEvaluation, TrainingSums, accumulate
+from ella.posterior import LaplaceEvaluation, accumulate
 from ella.predictive import LogitGaussian
 from ella.seen import MANY, Seen
 from ella.stored import Stored
@@ -47,6 +50,8 @@ class ELLA(Stored):
         prior_precision: δ. None lets `fit` choose it from the training data (`fit`).
         temperature: T, multiplies the posterior covariance.
         logit_temperature: τ, divides the logits.
+        distance: A `Distance`, for variance that grows away from the training data; `calibrate`
+            sets its scale. None leaves it out.
         noise_variance: Shorthand for `likelihood=Normal(noise_variance)`.
         residual: Shorthand for the `residual` of `eigenfunctions`.
         output: Where the logits are in what the model returns: a name, an index or a function;
@@ -78,6 +83,7 @@ class ELLA(Stored):
         prior_precision: float | None = None,
         temperature: float = 1.0,
         logit_temperature: float = 1.0,
+        distance: Distance | None = None,
         noise_variance: float | None = None,
         residual: str | None = None,
         output: Output = None,
@@ -110,6 +116,9 @@ class ELLA(Stored):
         self.prior_precision = prior_precision
         self.temperature = temperature
         self.logit_temperature = logit_temperature
+        if not isinstance(distance, (Distance, type(None))):
+            raise TypeError(f"`distance` must be a Distance or None; got {distance!r}.")
+        self.distance = distance
         self.memory_budget = memory_budget
         self.process_group = process_group
         self.positions = positions
@@ -153,14 +162,16 @@ class ELLA(Stored):
             found = self.eigenfunctions.fit(
                 linearized, batches, seed=self.seed, progress=self.progress
             )
+            features = Features(found, self._stages(batches))
         seen = Seen()
-        sums = self._sums(found, train_loader, seen)
+        sums = self._sums(features, train_loader, seen)
         self._hint_about_labels(seen)
-        fit = Fit.of(found, sums, linearized.trainable)
+        ridge = 1.0 if self.distance is None else self.distance.ridge
+        fit = Fit.of(features, sums, ridge, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
-            precision = sums.unit_precision()
-        start = self._started(precision, self.likelihood.initial_scale(sums.statistics))
+            precision = fit.sums.unit_precision()
+        start = self._started(precision, self.likelihood.initial_scale(fit.sums.statistics))
         if self.likelihood.scale == "logit_temperature":
             start = replace(start, logit_temperature=self.logit_temperature)
         self._set_fitted(replace(start, temperature=self.temperature))
@@ -176,8 +187,8 @@ class ELLA(Stored):
         """
         fit = self._fitted()
         seen = self._seen.copy()
-        sums = fit.sums + self._sums(fit.eigenfunctions, loader, seen)
-        self._fit, self._seen = Fit.of(fit.eigenfunctions, sums, fit.trainable), seen
+        sums = fit.all_sums + self._sums(fit.features, loader, seen)
+        self._fit, self._seen = fit.with_sums(sums), seen
         return self
 
     def forget(self, loader: Loader) -> "Self":
@@ -195,10 +206,9 @@ class ELLA(Stored):
         """
         fit, seen = self._fitted(), self._seen.copy()
         gone = Seen()
-        removed = self._sums(fit.eigenfunctions, loader, gone)
+        removed = self._sums(fit.features, loader, gone)
         seen.remove(gone)
-        sums = fit.sums - removed
-        self._fit, self._seen = Fit.of(fit.eigenfunctions, sums, fit.trainable), seen
+        self._fit, self._seen = fit.with_sums(fit.all_sums - removed), seen
         return self
 
     def decay(self, factor: float) -> "Self":
@@ -219,7 +229,7 @@ class ELLA(Stored):
         if factor > 1:
             raise ValueError(f"`factor` must lie in (0, 1]; got {factor!r}.")
         fit = self._fitted()
-        self._fit = Fit.of(fit.eigenfunctions, fit.sums.scaled(factor), fit.trainable)
+        self._fit = fit.with_sums(fit.all_sums.scaled(factor))
         self._seen = Seen.of_unknown()
         return self
 
@@ -265,33 +275,56 @@ class ELLA(Stored):
         tensors += fit.eigenfunctions.state().tensors.values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
-        fit = self._fit or self._fitted()  # whoever asks has looked whether it still holds
-        return LaplaceEvaluation(fit.eigenfunctions(x), fit.posterior)
+    @property
+    def _distance_share(self) -> float:
+        return 0.0 if self.distance is None else self.distance.share
 
-    def _sums(self, eigenfunctions: Eigenfunctions, loader: Loader, seen: Seen) -> TrainingSums:
+    def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
+        # Whoever asks has looked whether it still holds.
+        return (self._fit or self._fitted()).evaluate(x)
+
+    def _stages(self, batches: Batches) -> Stages | None:
+        """Where distances are taken of activations; the same in all processes."""
+        if self.distance is None:
+            return None
+        first = batches.first()
+        taps = None if first is None else stage_ends(self.network, first[0])
+        found = Stages(FeatureTaps(self.network, batches.processes.agreed(taps)))
+        if not found.taps.taps:
+            raise ValueError(
+                "`distance` needs activations that follow the batch, example by example, and the "
+                "model has none. Use distance=None."
+            )
+        return found
+
+    def _sums(self, features: Features, loader: Loader, seen: Seen) -> Sums:
         """Over all data; a sample of positions stands for all of them."""
         view = self._sampled_rows()
+        activations: list[ActivationSums] = []
 
-        def noted(pairs: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
+        def evaluated(x: Inputs) -> LogitGaussian:
+            prior, stages = features(x)
+            if stages is not None:
+                activations[:] = [sum(activations, ActivationSums.of(stages))]
+            return prior
+
+        def pieces(pairs: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
             for x, y in pairs:
                 seen.note(x, y)
-                yield x, y
+                for part in slices(len(y), self._piece_size(x)):
+                    yield take(x, part), y[part]
 
         with self._batches(loader, view).named() as batches:
             pairs = self._progress_over(batches.labelled(), "curvature")
-            parts = (
-                (eigenfunctions(take(x, part)), y[part])
-                for x, y in noted(pairs)
-                for part in slices(len(y), self._piece_size(x))
-            )
+            parts = ((evaluated(x), y) for x, y in pieces(pairs))
             processes = batches.processes
             empty = processes.size > 1 and batches.first() is None
-            sums = None if empty else accumulate(parts, self.likelihood)
+            training = None if empty else accumulate(parts, self.likelihood)
+        sums = None if training is None else Sums(training, *activations)
         if sums is not None and view.share != 1:
             sums = sums.scaled(1 / view.share)
         seen.complete = seen.complete and processes.size == 1
-        return TrainingSums.over(processes, sums, self._device)
+        return Sums.over(processes, sums, features.stages, self._device)
 
     def _hint_about_labels(self, seen: Seen) -> None:
         if isinstance(self.likelihood, Discrete) and seen.one_label is not MANY:

@@ -52,6 +52,10 @@ class Evaluated(Predictive):
         return self.evaluation.logits.device
 
     @property
+    def _distance_share(self) -> float:
+        return self.method._distance_share
+
+    @property
     def _tunable(self) -> bool:
         return self.method._tunable
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ella.distance import Distance
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Normal
@@ -22,7 +23,7 @@ KINDS: dict[str, Callable[..., Any]] = {
         *(LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens),
         *(NestedLoRA, NeuralEFObjective, TraceObjective, Training),
         *(LaplaceBridge, MonteCarlo, Probit),
-        *(Hyperparameters, Tuning),
+        *(Hyperparameters, Tuning, Distance),
     )
 }
 """By name, all that `rebuild` may call for a file."""

@@ -17,19 +17,21 @@ class Hyperparameters:
         temperature: T, multiplies the posterior covariance; 0 for no posterior at all.
         logit_temperature: τ, divides the outputs (all but `Normal`).
         noise_variance: σ² of the Gaussian likelihood (`Normal`).
+        distance_scale: s, multiplies the distance term (`Distance`); 0 for none.
 
     Raises:
-        ValueError: If a number is not finite or not above 0 (T: below 0).
+        ValueError: If a number is not finite or not above 0 (T and s: below 0).
     """
 
     prior_precision: float
     temperature: float = 1.0
     logit_temperature: float = 1.0
     noise_variance: float = 1.0
+    distance_scale: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            zero = name == "temperature" and value == 0
+            zero = name in ("temperature", "distance_scale") and value == 0
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and (zero or 0 < value < math.inf)):
                 raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
@@ -53,9 +55,8 @@ class Hyperparameters:
             likelihood: Gives the dispersion s: with it S is s·S at the precision s·δ.
         """
         dispersion = likelihood.dispersion(self.scale(likelihood))
-        return gaussian_at(self.unit_precision(likelihood)).tempered(
-            self.temperature * dispersion, self.logit_temperature
-        )
+        found = gaussian_at(self.unit_precision(likelihood)).widened(self.distance_scale)
+        return found.tempered(self.temperature * dispersion, self.logit_temperature)
 
 
 @dataclass(frozen=True)

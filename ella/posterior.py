@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -264,10 +264,12 @@ class LaplaceEvaluation(Evaluation):
     Attributes:
         prior: Outputs f, φ and R.
         posterior: See `GaussianPosterior`.
+        outside: Variance beside that of the weights, up to its scale, shape (n,), or None.
     """
 
     prior: LogitGaussian
     posterior: GaussianPosterior
+    outside: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:  # type: ignore[override]
@@ -276,12 +278,15 @@ class LaplaceEvaluation(Evaluation):
 
     def rows(self, index: Tensor | slice) -> "Self":
         """See `Evaluation`."""
-        return type(self)(self.prior.rows(index), self.posterior)
+        outside = None if self.outside is None else self.outside[index]
+        return type(self)(self.prior.rows(index), self.posterior, outside)
 
     @classmethod
     def joined(cls, parts: "Sequence[Self]") -> "Self":
         """See `Evaluation`."""
-        return cls(LogitGaussian.joined([part.prior for part in parts]), parts[0].posterior)
+        outside = [part.outside for part in parts if part.outside is not None]
+        prior = LogitGaussian.joined([part.prior for part in parts])
+        return cls(prior, parts[0].posterior, torch.cat(outside) if outside else None)
 
     def prior_variance(self) -> float:
         """See `Evaluation`."""
@@ -289,4 +294,5 @@ class LaplaceEvaluation(Evaluation):
 
     def gaussian(self, prior_precision: float) -> LogitGaussian:
         """See `Evaluation`."""
-        return self.posterior.condition(self.prior, prior_precision)
+        found = self.posterior.condition(self.prior, prior_precision)
+        return found if self.outside is None else replace(found, outside=self.outside)

@@ -84,9 +84,9 @@ class Predictive(ABC):
         """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation likelihood × hyperprior.
 
         The inputs are evaluated once; the search (see `Search`) works on the cached result. The
-        MAP and temperature scaling are inside it. A method that has nothing to choose, the MAP,
-        stays as it is. The link and the number of draws are remembered: what was tuned is what
-        predicts. A warning says what the validation data do not determine.
+        MAP and temperature scaling are inside it. The MAP itself stays as it is. The link and the
+        number of draws are remembered: what was tuned is what predicts. A warning says what the
+        validation data do not determine.
 
         Args:
             val_loader: Data that the classifier was **not** trained on; on training data it is
@@ -124,7 +124,8 @@ class Predictive(ABC):
         if search.num_examples == 0:
             raise ValueError("No label of the validation data counts: all are ignored.")
         variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64, device=y.device)
-        tuning = search.run(self._precisions(evaluation, search.score.mean(variance)))
+        precisions = self._precisions(evaluation, search.score.mean(variance))
+        tuning = search.with_distance(search.run(precisions), precisions, self._distance_share)
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
         self._warn_of_edges(tuning)
         return self
@@ -210,7 +211,7 @@ class Predictive(ABC):
             used = wide
             if epistemic is not chosen:  # T = 0: the mean alone
                 mean = evaluation.logits / chosen.logit_temperature
-                used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0))
+                used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0), None, wide.outside)
             return self.likelihood.uncertainty(used, wide, found_link, scale)
 
         parts = []
@@ -218,6 +219,11 @@ class Predictive(ABC):
             found = Uncertainty.joined([scores(piece) for piece in self._pieces(inputs)])
             parts.append(found.each(partial(self._laid_out, inputs=inputs)))
         return Uncertainty.joined(parts)
+
+    @property
+    def _distance_share(self) -> float:
+        """Share of the variance that the distance term gets by rule; 0 for none."""
+        return 0.0
 
     @property
     def _tunable(self) -> bool:
@@ -251,7 +257,8 @@ class Predictive(ABC):
     ) -> Tensor:
         """The response averaged over the posterior, shape (n, c), or what follows from it."""
         chosen = self._require_fitted()
-        certain = chosen.temperature == 0  # no posterior: links only approximate
+        # No posterior: links only approximate.
+        certain = chosen.temperature == 0 and chosen.distance_scale == 0
 
         def average(gaussian: LogitGaussian) -> Tensor:
             if certain:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ Response = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class LogitGaussian:
-    r"""A Gaussian over the logits of n examples, :math:`N(m, F F^\top + D)`, kept in factors.
+    r"""A Gaussian over the logits of n examples, :math:`N(m, F F^\top + D + v I)`, in factors.
 
     Sampling costs O(c·k) a draw and never forms the (c, c) covariance, so c = 1000 is no problem.
     Eigenfunctions give the *prior* at δ = 1 in this form: m = f(x), F = φ(x), D = R(x).
@@ -31,34 +31,59 @@ class LogitGaussian:
         mean: m, shape (n, c).
         factor: F, shape (n, c, k). k may be 0.
         residual: D as variances, shape (n, c), as blocks, shape (n, c, c), or None for 0.
+        outside: v, which no temperature scales, shape (n,), or None for 0.
     """
 
     mean: Tensor
     factor: Tensor
     residual: Tensor | None = None
+    outside: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> "LogitGaussian":
         """Some of the examples."""
-        residual = None if self.residual is None else self.residual[index]
-        return LogitGaussian(self.mean[index], self.factor[index], residual)
+        return self._each(lambda tensor: tensor[index])
 
     @classmethod
     def joined(cls, parts: Sequence["LogitGaussian"]) -> "LogitGaussian":
         """All examples of several Gaussians of one form."""
         residuals = [part.residual for part in parts if part.residual is not None]
+        outside = [part.outside for part in parts if part.outside is not None]
         return cls(
             torch.cat([part.mean for part in parts]),
             torch.cat([part.factor for part in parts]),
             torch.cat(residuals) if residuals else None,
+            torch.cat(outside) if outside else None,
         )
 
     def to(self, device: torch.device | str) -> "LogitGaussian":
         """The same on another device."""
-        residual = None if self.residual is None else self.residual.to(device)
-        return LogitGaussian(self.mean.to(device), self.factor.to(device), residual)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "LogitGaussian":
+        found = {name: None if t is None else function(t) for name, t in vars(self).items()}
+        return LogitGaussian(**found)  # type: ignore[arg-type] # None only where it may be
+
+    def widened(self, scale: float) -> "LogitGaussian":
+        """With `outside` multiplied; 0 leaves it out."""
+        if self.outside is None:
+            return self
+        return replace(self, outside=self.outside * scale if scale else None)
+
+    def settled(self) -> "LogitGaussian":
+        """The same Gaussian with v as a part of D."""
+        if self.outside is None:
+            return self
+        residual = self.outside.unsqueeze(1).expand_as(self.mean)
+        if self.residual is not None and self.residual.ndim == 3:
+            residual = self.residual + torch.diag_embed(residual)
+        elif self.residual is not None:
+            residual = self.residual + residual
+        return LogitGaussian(self.mean, self.factor, residual)
 
     def variance(self) -> Tensor:
         """Marginal variances of the logits, shape (n, c)."""
+        if self.outside is not None:
+            return self.settled().variance()
         variance = self.factor.square().sum(-1)
         if self.residual is None:
             return variance
@@ -67,6 +92,8 @@ class LogitGaussian:
 
     def covariance(self) -> Tensor:
         """Covariances of the logits of each example, shape (n, c, c)."""
+        if self.outside is not None:
+            return self.settled().covariance()
         covariance = self.factor @ self.factor.mT
         if self.residual is None:
             return covariance
@@ -76,18 +103,23 @@ class LogitGaussian:
         return covariance
 
     def tempered(self, temperature: float, logit_temperature: float) -> "LogitGaussian":
-        r"""The Gaussian :math:`N(m/τ, T (F F^\top + D)/τ^2)`, T and τ being the arguments."""
+        r"""The Gaussian :math:`N(m/τ, T (F F^\top + D)/τ^2 + v I)`, T and τ being arguments."""
         scale = math.sqrt(temperature) / logit_temperature
         residual = None if self.residual is None else self.residual * scale**2
-        return LogitGaussian(self.mean / logit_temperature, self.factor * scale, residual)
+        mean, factor = self.mean / logit_temperature, self.factor * scale
+        return LogitGaussian(mean, factor, residual, self.outside)
 
     def compressed(self) -> "LogitGaussian":
         """The same Gaussian with a (c, c) factor and no residual, if that is smaller.
+
+        What no temperature scales is left as it is.
 
         Draws in c dimensions instead of k + c can have exact second moments (`sample`), which
         makes averages over them far more accurate. For k ≤ c nothing is done, so that c = 1000
         never needs (c, c) matrices.
         """
+        if self.outside is not None:
+            return replace(replace(self, outside=None).compressed(), outside=self.outside)
         c, k = self.factor.shape[1:]
         if k < c or (k == c and self.residual is None):
             return self
@@ -120,6 +152,8 @@ class LogitGaussian:
 
     def deviations(self, num_samples: int, seed: int = 0) -> Tensor:
         """Draws minus their mean, shape (num_samples, c, n); see `sample`."""
+        if self.outside is not None:
+            return self.settled().compressed().deviations(num_samples, seed)
         n, c, k = self.factor.shape
         extra_dims = 0 if self.residual is None else c
         normals = _normals_like(self.factor, num_samples, k + extra_dims, seed)
@@ -130,6 +164,20 @@ class LogitGaussian:
         if root.ndim == 2:
             return draws.addcmul_(root.T, extra.unsqueeze(-1))
         return draws.add_(torch.einsum("ncd,sd->scn", root, extra))
+
+
+def tempered_draws(
+    gaussian: LogitGaussian, num_samples: int, seed: int
+) -> Callable[[float, float], Tensor]:
+    """(T, τ) ↦ draws (num_samples, c, n) of `gaussian.tempered(T, τ)`, from the same normals.
+
+    Those of T = τ = 1 are made once, then scaled, unless a part of the variance is not.
+    """
+    if gaussian.outside is not None:
+        return lambda t, scale: gaussian.tempered(t, scale).draws(num_samples, seed)
+    mean = gaussian.mean.T
+    deviations = gaussian.compressed().deviations(num_samples, seed)
+    return lambda t, scale: torch.add(mean / scale, deviations, alpha=math.sqrt(t) / scale)
 
 
 def _normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:
@@ -209,21 +257,15 @@ class MonteCarlo(Link):
 
     def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
         """See `Link`."""
-        draws = gaussian.compressed().draws(self.num_samples, self.seed)
+        draws = gaussian.settled().compressed().draws(self.num_samples, self.seed)
         return response(draws, 1).mean(0).T.contiguous()
 
     def tempered(
         self, gaussian: LogitGaussian, response: Response = torch.softmax
     ) -> Callable[[float, float], Tensor]:
-        """See `Link.tempered`: the draws of T = τ = 1 are made once, then scaled."""
-        mean = gaussian.mean.T
-        deviations = gaussian.compressed().deviations(self.num_samples, self.seed)
-
-        def averages(temperature: float, scale: float) -> Tensor:
-            draws = torch.add(mean / scale, deviations, alpha=math.sqrt(temperature) / scale)
-            return response(draws, 1).mean(0).T.contiguous()
-
-        return averages
+        """See `Link.tempered`, and `tempered_draws`."""
+        draws = tempered_draws(gaussian, self.num_samples, self.seed)
+        return lambda t, scale: response(draws(t, scale), 1).mean(0).T.contiguous()
 
 
 @dataclass(frozen=True)

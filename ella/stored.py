@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ella.batches import Split
+from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
 from ella.fitted import Fit
 from ella.formats import KINDS, given_or_saved, upgraded
@@ -32,12 +33,14 @@ class Stored(Predictor):
         prior_precision: δ as it was asked for; None lets `fit` choose it.
         temperature: T as it was asked for.
         logit_temperature: τ as it was asked for.
+        distance: Settings of the distance term; None for none.
     """
 
     eigenfunctions: EigenfunctionMethod
     prior_precision: float | None
     temperature: float
     logit_temperature: float
+    distance: Distance | None
     _fit: Fit | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,6 +130,7 @@ class Stored(Predictor):
             split=split,
             positions=options.settings.get("positions", cls.positions),
             prior_precision=None if precision is None else options.number("prior_precision"),
+            distance=rebuild(state.settings.get("distance_term"), KINDS),
             temperature=options.number("temperature"),
             logit_temperature=options.number("logit_temperature"),
             seed=options.integer("seed", 2**63),
@@ -138,7 +142,13 @@ class Stored(Predictor):
     def _restore(self, state: State, link: Link | None) -> None:
         """Everything that was fitted and tuned."""
         settings = state.settings
-        fit = Fit.restore(self.network, self.eigenfunctions, state, self.memory_budget)
+        fit = Fit.restore(
+            self.network,
+            self.eigenfunctions,
+            state,
+            ridge=None if self.distance is None else self.distance.ridge,
+            memory_budget=self.memory_budget,
+        )
         chosen = rebuild(settings["hyperparameters"], KINDS)
         tuning = rebuild(settings["tuning"], KINDS)
         for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
@@ -158,18 +168,20 @@ class Stored(Predictor):
             "memory_budget": self.memory_budget,
             "positions": self.positions,
         }
-        return State.joined(
-            {"fitted": fit.eigenfunctions.state(), "sums": fit.sums.state()},
-            fingerprint=self.network.fingerprint(),
-            trainable=[clean(name) for name in fit.trainable],
-            likelihood=describe(self.likelihood),
-            eigenfunctions=describe(self.eigenfunctions),
-            output=describe(self.network.output),
-            options=options,
-            hyperparameters=describe(self._require_fitted()),
-            tuning=describe(self.tuning),
-            link=describe(self.link),
-        )
+        found = fit.state()
+        settings: dict[str, Any] = {
+            "fingerprint": self.network.fingerprint(),
+            "trainable": [clean(name) for name in fit.trainable],
+            "likelihood": describe(self.likelihood),
+            "eigenfunctions": describe(self.eigenfunctions),
+            "output": describe(self.network.output),
+            "options": options,
+            "hyperparameters": describe(self._require_fitted()),
+            "tuning": describe(self.tuning),
+            "link": describe(self.link),
+            "distance_term": describe(self.distance),
+        }
+        return State(found.tensors, {**found.settings, **settings})
 
     def _fitted(self) -> Fit:
         self._require_fitted()

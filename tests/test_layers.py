@@ -34,7 +34,9 @@ ORDER = (
     "seen",
     "posterior",
     "eigenfunctions",
+    "distance",
     "hyperparameters",
+    "hyperprior",
     "calibrate",
     "predictions",
     "evaluated",
@@ -92,7 +94,7 @@ def test_imports_point_one_way(path):
         ("likelihoods", {"inputs", "targets", "predictive", "scores"}),
         ("posterior", {"predictive", "likelihoods", "saving", "processes"}),
         ("hyperparameters", {"predictive", "likelihoods"}),
-        ("calibrate", {"predictive", "likelihoods", "hyperparameters", "processes"}),
+        ("calibrate", {"predictive", "likelihoods", "hyperparameters", "hyperprior", "processes"}),
     ],
 )
 def test_the_halves_do_not_know_each_other(part, allowed):

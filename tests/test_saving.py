@@ -152,8 +152,8 @@ def test_a_noise_variance_in_the_sums_would_come_twice(path):
 def fit_again(ella, loader):
     """Sum over the data once more, the directions being what they are now."""
     fit = ella._fit
-    sums = ella._sums(fit.eigenfunctions, loader, ella._seen)
-    ella._fit = type(fit).of(fit.eigenfunctions, sums, fit.trainable)
+    sums = ella._sums(fit.features, loader, ella._seen)
+    ella._fit = fit.with_sums(sums)
     return ella
 
 

@@ -90,9 +90,13 @@ class NeuralFeatures:
         same = made.reads == "activations"
         self._together = SideBySide.fitting(networks) if same else None
 
-    @torch.no_grad()
     def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""
+        return self.read(x)[0]
+
+    @torch.no_grad()
+    def read(self, x: Inputs) -> tuple[LogitGaussian, Tensor]:
+        """Evaluate at n inputs, with the activations (n, d) that were read on the way."""
         logits, activations = self.taps(x)
         if self._together is None:
             psi = self.basis.network(x if self.made.reads == "inputs" else activations)
@@ -100,7 +104,7 @@ class NeuralFeatures:
         else:
             psi, *raw = self._together(activations)
         residual = None if self.residual is None else self.residual.variances(*raw)
-        return LogitGaussian(logits, self.basis.scaled(psi), residual)
+        return LogitGaussian(logits, self.basis.scaled(psi), residual), activations
 
     @property
     def rank(self) -> int:

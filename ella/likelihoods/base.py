@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
+from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, tempered_draws
 from ella.scores import Uncertainty, entropy, logit_variance
 
 Losses = Callable[[float, float], Tensor]
@@ -108,7 +108,8 @@ class Likelihood(ABC):
 
     def predictive(self, gaussian: LogitGaussian, link: Link) -> Tensor:
         """The response averaged over the Gaussian, shape (n, c)."""
-        if gaussian.factor.shape[-1] == 0 and gaussian.residual is None:
+        parts = (gaussian.residual, gaussian.outside)
+        if gaussian.factor.shape[-1] == 0 and all(part is None for part in parts):
             return self.response(gaussian.mean, -1)  # nothing to average: links approximate
         return link(gaussian, self.response)
 
@@ -127,13 +128,12 @@ class Likelihood(ABC):
             link: The one that will predict.
         """
         draws = link if isinstance(link, MonteCarlo) else MonteCarlo()
-        mean = gaussian.mean.T
-        deviations = gaussian.compressed().deviations(draws.num_samples, draws.seed)
+        drawn = tempered_draws(gaussian, draws.num_samples, draws.seed)
 
         def at(temperature: float, scale: float) -> Tensor:
-            if temperature == 0:
+            if temperature == 0 and gaussian.outside is None:
                 return self.scored(-self.log_density((gaussian.mean / scale).double(), y), y)
-            f = torch.add(mean / scale, deviations, alpha=math.sqrt(temperature) / scale)
+            f = drawn(temperature, scale)
             densities = self.log_density(f.transpose(1, 2).double(), y)
             return self.scored(math.log(len(f)) - densities.logsumexp(0), y)
 
@@ -194,7 +194,7 @@ class Discrete(Likelihood):
         averages = link.tempered(gaussian, self.response)
 
         def at(temperature: float, scale: float) -> Tensor:
-            if temperature == 0:
+            if temperature == 0 and gaussian.outside is None:
                 return self.scored(-self.log_density(gaussian.mean / scale, y).double(), y)
             return self.scored(-self.log_probability(averages(temperature, scale), y), y)
 
@@ -226,6 +226,8 @@ class Discrete(Likelihood):
 
     def _information(self, gaussian: LogitGaussian, link: Link) -> Tensor:
         draws = link if isinstance(link, MonteCarlo) else MonteCarlo()
-        each = self.response(gaussian.compressed().draws(draws.num_samples, draws.seed), 1)
+        each = self.response(
+            gaussian.settled().compressed().draws(draws.num_samples, draws.seed), 1
+        )
         total = self.entropy(each.mean(0).T)
         return (total - self.entropy(each, 1).mean(0)).clamp_min(0)

@@ -1,7 +1,7 @@
 """Real numbers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -81,12 +81,13 @@ class Normal(Likelihood):
         return gaussian.mean
 
     def losses(self, gaussian: LogitGaussian, y: Tensor, link: Link) -> Losses:
-        """−log N(y; m, σ²(1 + T·S)), S at unit dispersion, outputs independent given x."""
+        """−log N(y; m, σ²(1 + T·S) + v), S at unit dispersion, outputs independent given x."""
         error = (y.to(gaussian.mean) - gaussian.mean).double().square()
-        marginal = gaussian.variance().double()
+        marginal = replace(gaussian, outside=None).variance().double()
+        outside = 0.0 if gaussian.outside is None else gaussian.outside.double().unsqueeze(1)
 
         def at(temperature: float, scale: float) -> Tensor:
-            variance = scale * (1 + temperature * marginal)
+            variance = scale * (1 + temperature * marginal) + outside
             return 0.5 * (error / variance + (2 * math.pi * variance).log()).sum(-1)
 
         return at

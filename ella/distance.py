@@ -1,0 +1,219 @@
+"""How far activations are from those of the training data: the variance that no kernel has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ella.activations import FeatureTaps, Tap
+from ella.eigenfunctions.directions import folded, random_signs
+from ella.inputs import Inputs
+from ella.processes import Processes
+from ella.saving import State
+
+POWER = 4
+"""Of the distance in the variance."""
+HIGHEST = 1e3
+"""Distances count up to this: activations of nonsense may be of any size."""
+WIDEST = 1024
+"""Numbers of a stage; more are folded to as many by random signs."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    r"""Settings of the distance term: variance s·D(x)⁴ of each output, beside that of the weights.
+
+    The tangent kernel is small on grey pictures and stops growing under strong noise: functions
+    outside the tangent space have a prior, too. D is the mean over stages l of the Mahalanobis
+    distance of activations to those of the training data,
+
+    .. math:: D(x) = \mathrm{mean}_l (z_l − μ_l)^\top (C_l + ε I)^{-1} (z_l − μ_l) / \dim_l,
+
+    z_l being what taps read at the end of a stage and before the last layer, in units of its
+    standard deviations over the training data, C_l its correlations. D is 1 on average there, or
+    less where activations span fewer dimensions. Its
+    fourth power grows along rays away from the data as the variance of the cubic residuals of
+    Kristiadi et al. does, and stays a Gaussian over outputs. `calibrate` sets s by rule, as
+    choosing it by clean validation data gives 0: s·D⁴ is `share` of the variance that the weights
+    give, on average over validation data; 0 if their likelihood falls by more than a standard
+    error of it.
+
+    Attributes:
+        share: ρ.
+        ridge: ε.
+
+    Raises:
+        ValueError: If a number is not above 0.
+
+    References: A Simple Unified Framework for Detecting Out-of-Distribution Samples (Lee et al.,
+    2018), https://arxiv.org/abs/1807.03888; An Infinite-Feature Extension for Bayesian ReLU Nets
+    That Fixes Their Asymptotic Overconfidence (Kristiadi et al., 2021),
+    https://arxiv.org/abs/2010.02709
+    """
+
+    share: float = 0.1
+    ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
+
+
+@dataclass(frozen=True)
+class ActivationSums:
+    """Sums over data of the numbers of each stage; they add up as those of `TrainingSums` do.
+
+    Attributes:
+        count: n.
+        totals: Of each stage Σz, shape (d,), float64.
+        seconds: Of each stage Σzzᵀ, shape (d, d), float64.
+    """
+
+    count: float
+    totals: tuple[Tensor, ...]
+    seconds: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, stages: Sequence[Tensor]) -> "ActivationSums":
+        """Of one batch, each stage (n, d)."""
+        wide = [stage.double() for stage in stages]
+        totals, seconds = tuple(z.sum(0) for z in wide), tuple(z.T @ z for z in wide)
+        return cls(len(stages[0]), totals, seconds)
+
+    def __add__(self, other: "ActivationSums") -> "ActivationSums":
+        """Over both sets of data."""
+        return ActivationSums(
+            self.count + other.count,
+            tuple(a + b for a, b in zip(self.totals, other.totals, strict=True)),
+            tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=True)),
+        )
+
+    def scaled(self, factor: float) -> "ActivationSums":
+        """Over `factor` times as many examples that are like these."""
+        return ActivationSums(
+            self.count * factor,
+            tuple(factor * total for total in self.totals),
+            tuple(factor * second for second in self.seconds),
+        )
+
+    @classmethod
+    def over(
+        cls, processes: Processes, own: "ActivationSums | None", device: torch.device
+    ) -> "ActivationSums":
+        """Over the data of all processes, of which this one may have none."""
+        widths = processes.agreed(None if own is None else [len(total) for total in own.totals])
+        if own is None:
+            zeros = [torch.zeros(d, dtype=torch.float64, device=device) for d in widths]
+            own = cls(0, tuple(zeros), tuple(torch.outer(z, z) for z in zeros))
+        count = processes.sum(torch.tensor(float(own.count), device=device).double())
+        return cls(
+            count.item(),
+            tuple(map(processes.sum, own.totals)),
+            tuple(map(processes.sum, own.seconds)),
+        )
+
+    def state(self) -> State:
+        """What `restore` takes."""
+        named = {f"total.{i}": total for i, total in enumerate(self.totals)}
+        named |= {f"second.{i}": second for i, second in enumerate(self.seconds)}
+        return State(named, {"count": self.count, "stages": len(self.totals)})
+
+    @classmethod
+    def restore(cls, state: State) -> "ActivationSums":
+        """What `state` described.
+
+        Raises:
+            ValueError: If a part is missing, misshaped or not finite.
+        """
+        totals = tuple(
+            state.tensor(f"total.{i}", (None,), torch.float64)
+            for i in range(state.integer("stages", 1000))
+        )
+        seconds = tuple(
+            state.tensor(f"second.{i}", (len(total), len(total)), torch.float64)
+            for i, total in enumerate(totals)
+        )
+        return cls(state.number("count"), totals, seconds)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Reads the numbers of each stage.
+
+    Attributes:
+        taps: Read the ends of stages, from a forward pass of their own.
+    """
+
+    taps: FeatureTaps
+
+    def __call__(self, x: Inputs) -> list[Tensor]:
+        """Numbers of each stage at n inputs, (n, d)."""
+        return self.split(self.taps(x)[1], self.taps.taps)
+
+    def split(self, activations: Tensor, read: Sequence[Tap]) -> list[Tensor]:
+        """The same from activations (n, d) that were read by these taps, or more of them."""
+        place, end = {}, 0
+        for tap in read:
+            start, end = end, end + (tap.width or 0)
+            place[tap] = slice(start, end)
+        return [_narrow(activations[:, place[tap]]) for tap in self.taps.taps]
+
+    def among(self, read: Sequence[Tap]) -> bool:
+        """Whether these taps read all of it."""
+        return set(self.taps.taps) <= set(read) and all(tap.width for tap in read)
+
+
+def _narrow(z: Tensor) -> Tensor:
+    if z.shape[1] <= WIDEST:
+        return z
+    return folded(z, random_signs(z.shape[1], z.shape[1], z.device), WIDEST)
+
+
+@dataclass(frozen=True)
+class ActivationDistance:
+    """D(x); see `Distance`.
+
+    Attributes:
+        sums: Over the training data.
+        ridge: ε.
+    """
+
+    sums: ActivationSums
+    ridge: float
+    _kept: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @cached_property
+    def _stages(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean μ (d,) and W (d, d) with D = ‖(z − μ)W‖², of each stage, float64."""
+        found = []
+        for total, second in zip(self.sums.totals, self.sums.seconds, strict=True):
+            mean = total / self.sums.count
+            covariance = second / self.sums.count - torch.outer(mean, mean)
+            variance = covariance.diagonal().clamp_min(0)
+            # What never moved has no unit of its own: that of the others.
+            fixed = variance <= 1e-12 * (mean.square() + variance.mean())
+            usual = variance[~fixed].median() if (~fixed).any() else variance.new_ones(())
+            units = torch.where(fixed, usual, variance).sqrt()
+            correlation = covariance / torch.outer(units, units)
+            correlation.diagonal()[fixed] = 1
+            values, vectors = torch.linalg.eigh(correlation)
+            root = vectors * (values.clamp_min(0) + self.ridge).rsqrt()
+            found.append((mean, root / units.unsqueeze(1) / len(mean) ** 0.5))
+        return found
+
+    def __call__(self, stages: Sequence[Tensor]) -> Tensor:
+        """D at n inputs from the numbers of each stage, shape (n,)."""
+        like = stages[0]
+        key = (like.dtype, like.device)
+        if key not in self._kept:
+            self._kept[key] = [(mean.to(like), root.to(like)) for mean, root in self._stages]
+        squares = [
+            ((z - mean) @ root).square().sum(-1)
+            for z, (mean, root) in zip(stages, self._kept[key], strict=True)
+        ]
+        return torch.stack(squares).mean(0).clamp_max(HIGHEST)
