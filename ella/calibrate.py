@@ -178,10 +178,12 @@ class Search:
         )
 
     def with_distance(self, tuning: Tuning, precisions: list[float], share: float) -> Tuning:
-        """Search again with a distance term, and take it unless it costs likelihood.
+        """Search again with a distance term, and take it unless it costs too much likelihood.
 
         Its scale makes it `share` of the variance of the outputs that the posterior gives, on
         average over the data; it is not searched, as data like those of training ask for none.
+        For the same reason it may cost a standard error of their negative log-likelihood: that is
+        about what it takes on them, for what it brings on others.
 
         Args:
             tuning: What was found without it.
@@ -197,10 +199,10 @@ class Search:
         means = self.score.mean(gaussian.variance().mean(-1)), self.score.mean(outside)
         wider = replace(self, distance_scale=share * means[0] / means[1])
         found = wider.run(precisions)
-        rise = wider.losses_at(found.hyperparameters) - self.losses_at(tuning.hyperparameters)
-        mean = self.score.mean(rise)
-        error = (self.score.mean(rise.square()) - mean**2) / max(self.num_examples - 1, 1)
-        return tuning if mean > math.sqrt(max(error, 0.0)) else found
+        losses = self.losses_at(tuning.hyperparameters)
+        spread = self.score.mean(losses.square()) - self.score.mean(losses) ** 2
+        error = math.sqrt(max(spread, 0.0) / max(self.num_examples - 1, 1))
+        return found if found.nll <= tuning.nll + error else tuning
 
     def losses_at(self, chosen: Hyperparameters) -> Tensor:
         """Losses of the examples at chosen hyperparameters."""

@@ -1,6 +1,6 @@
 """How far activations are from those of the training data: the variance that no kernel has."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,8 +13,6 @@ from ella.inputs import Inputs
 from ella.processes import Processes
 from ella.saving import State
 
-POWER = 4
-"""Of the distance in the variance."""
 HIGHEST = 1e3
 """Distances count up to this: activations of nonsense may be of any size."""
 WIDEST = 1024
@@ -33,12 +31,11 @@ class Distance:
 
     z_l being what taps read at the end of a stage and before the last layer, in units of its
     standard deviations over the training data, C_l its correlations. D is 1 on average there, or
-    less where activations span fewer dimensions. Its
-    fourth power grows along rays away from the data as the variance of the cubic residuals of
-    Kristiadi et al. does, and stays a Gaussian over outputs. `calibrate` sets s by rule, as
-    choosing it by clean validation data gives 0: s·D⁴ is `share` of the variance that the weights
-    give, on average over validation data; 0 if their likelihood falls by more than a standard
-    error of it.
+    less where activations span fewer dimensions. Its fourth power grows along rays away from the
+    data, as the variance of the cubic residuals of Kristiadi et al. does, and what predicts stays
+    a Gaussian over outputs. `calibrate` sets s by rule, as choosing it by clean validation data
+    gives 0: s·D⁴ is `share` of the variance that the weights give, on average over validation
+    data; 0 if their negative log-likelihood rises by more than its standard error.
 
     Attributes:
         share: ρ.
@@ -82,6 +79,11 @@ class ActivationSums:
         wide = [stage.double() for stage in stages]
         totals, seconds = tuple(z.sum(0) for z in wide), tuple(z.T @ z for z in wide)
         return cls(len(stages[0]), totals, seconds)
+
+    @property
+    def numbers(self) -> int:
+        """How many they are, and the means and matrices that are made of them."""
+        return sum(total.numel() * (total.numel() + 1) for total in self.totals)
 
     def __add__(self, other: "ActivationSums") -> "ActivationSums":
         """Over both sets of data."""
@@ -148,28 +150,41 @@ class Stages:
     """
 
     taps: FeatureTaps
+    _signs: dict[torch.device, Mapping[int, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __call__(self, x: Inputs) -> list[Tensor]:
         """Numbers of each stage at n inputs, (n, d)."""
         return self.split(self.taps(x)[1], self.taps.taps)
 
-    def split(self, activations: Tensor, read: Sequence[Tap]) -> list[Tensor]:
+    def split(
+        self,
+        activations: Tensor,
+        read: Sequence[Tap],
+        signs: Mapping[int, Tensor] | None = None,
+    ) -> list[Tensor]:
         """The same from activations (n, d) that were read by these taps, or more of them."""
+        signs = self.signs(activations.device) if signs is None else signs
         place, end = {}, 0
         for tap in read:
             start, end = end, end + (tap.width or 0)
             place[tap] = slice(start, end)
-        return [_narrow(activations[:, place[tap]]) for tap in self.taps.taps]
+        stages = (activations[:, place[tap]] for tap in self.taps.taps)
+        return [
+            z if z.shape[1] <= WIDEST else folded(z, signs[z.shape[1]], WIDEST) for z in stages
+        ]
+
+    def signs(self, device: torch.device) -> Mapping[int, Tensor]:
+        """By the width of stages that are folded, the signs of their numbers."""
+        if device not in self._signs:
+            wide = {tap.width for tap in self.taps.taps if tap.width and tap.width > WIDEST}
+            self._signs[device] = {d: random_signs(d, d, device) for d in wide}
+        return self._signs[device]
 
     def among(self, read: Sequence[Tap]) -> bool:
         """Whether these taps read all of it."""
         return set(self.taps.taps) <= set(read) and all(tap.width for tap in read)
-
-
-def _narrow(z: Tensor) -> Tensor:
-    if z.shape[1] <= WIDEST:
-        return z
-    return folded(z, random_signs(z.shape[1], z.shape[1], z.device), WIDEST)
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ class ActivationDistance:
     )
 
     @cached_property
-    def _stages(self) -> list[tuple[Tensor, Tensor]]:
+    def roots(self) -> list[tuple[Tensor, Tensor]]:
         """Mean μ (d,) and W (d, d) with D = ‖(z − μ)W‖², of each stage, float64."""
         found = []
         for total, second in zip(self.sums.totals, self.sums.seconds, strict=True):
@@ -211,9 +226,13 @@ class ActivationDistance:
         like = stages[0]
         key = (like.dtype, like.device)
         if key not in self._kept:
-            self._kept[key] = [(mean.to(like), root.to(like)) for mean, root in self._stages]
-        squares = [
-            ((z - mean) @ root).square().sum(-1)
-            for z, (mean, root) in zip(stages, self._kept[key], strict=True)
-        ]
-        return torch.stack(squares).mean(0).clamp_max(HIGHEST)
+            self._kept[key] = [(mean.to(like), root.to(like)) for mean, root in self.roots]
+        return combined(stages, self._kept[key])
+
+
+def combined(stages: Sequence[Tensor], roots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """D from the numbers of each stage, and μ and W of each (`ActivationDistance.roots`)."""
+    squares = [
+        ((z - mean) @ root).square().sum(-1) for z, (mean, root) in zip(stages, roots, strict=True)
+    ]
+    return torch.stack(squares).mean(0).clamp_max(HIGHEST)

@@ -12,6 +12,7 @@ from ella.batches import Batches, Loader, Split
 from ella.choosing import stage_ends
 from ella.distance import ActivationSums, Distance, Stages
 from ella.eigenfunctions import EigenfunctionMethod, NeuralEF
+from ella.export import PredictiveModule
 from ella.fitted import Features, Fit, Sums
 from ella.hints import hint
 from ella.inputs import Inputs, check_positive, slices, take
@@ -19,7 +20,7 @@ from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
 from ella.posterior import LaplaceEvaluation, accumulate
-from ella.predictive import LogitGaussian
+from ella.predictive import LogitGaussian, MonteCarlo
 from ella.seen import MANY, Seen
 from ella.stored import Stored
 
@@ -233,6 +234,32 @@ class ELLA(Stored):
         self._seen = Seen.of_unknown()
         return self
 
+    def predictive_module(self, n_samples: int | None = None) -> PredictiveModule:
+        """Predictions as one plain `nn.Module`: for `torch.export`, `torch.compile` and ONNX.
+
+        It is a copy: later changes of the model or of this object do not reach it.
+
+        Args:
+            n_samples: Draws; None takes those of `calibrate`, or 128.
+
+        Returns:
+            x ↦ (probabilities (n, c), mutual information (n,), logit variance (n,)).
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If this was not fitted with `NeuralEF`, has no probabilities, or was tuned
+                with another link than "mc".
+        """
+        chosen, fit = self._require_fitted(), self._fitted()
+        link = self._chosen_link(None, n_samples)
+        if not isinstance(self.likelihood, Discrete) or not isinstance(link, MonteCarlo):
+            raise ValueError(
+                f"predictive_module exports averages of probabilities over draws; the likelihood "
+                f"is {self.likelihood!r} and the link {link!r}."
+            )
+        epistemic = self._epistemic()
+        return PredictiveModule(fit, self.network, chosen, epistemic, self.likelihood, link)
+
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
         """Laplace's estimate of log p(training data) at δ (default: the one in use), T = τ = 1.
 
@@ -269,11 +296,13 @@ class ELLA(Stored):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that prediction needs beyond the model: eigenfunctions and the k×k posterior."""
+        """Bytes that prediction needs beyond the model: eigenfunctions, posterior, distances."""
         fit = self._fitted()
         tensors = [fit.posterior.eigenvalues, fit.posterior.eigenvectors]
         tensors += fit.eigenfunctions.state().tensors.values()
-        return sum(t.numel() * t.element_size() for t in tensors)
+        own = 0 if fit.distance is None else fit.distance.sums.numbers
+        wide = self.network.wide.itemsize
+        return sum(t.numel() * t.element_size() for t in tensors) + own * wide
 
     @property
     def _distance_share(self) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ella.activations import FeatureTaps, restored_taps
-from ella.distance import POWER, ActivationDistance, ActivationSums, Stages
+from ella.distance import ActivationDistance, ActivationSums, Stages
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions
 from ella.eigenfunctions.neural_features import NeuralFeatures
 from ella.inputs import Inputs
@@ -136,8 +136,7 @@ class Fit:
         prior, stages = self.features(x)
         if self.distance is None or stages is None:
             return LaplaceEvaluation(prior, self.posterior)
-        outside = self.distance(stages).pow(POWER).to(prior.mean.dtype)
-        return LaplaceEvaluation(prior, self.posterior, outside)
+        return LaplaceEvaluation(prior, self.posterior, self.distance(stages).to(prior.mean))
 
     def state(self) -> State:
         """The parts of a file; see `restore`."""

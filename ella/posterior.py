@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+DISTANCE_POWER = 4
+"""Of D(x) in the variance that it gives: see `Distance`."""
 DOWNDATE_ROUNDING = 1e-6
 """Negative eigenvalues up to this share of the curvature are rounding of float32 features."""
 
@@ -225,13 +227,16 @@ class GaussianPosterior:
         return LogitGaussian(prior.mean, prior.factor @ whiten, outside)
 
     def _whitening(self, prior_precision: float, like: Tensor) -> Tensor:
-        """Q(Λ + δ)^{-1/2}, scaled in float64; that of the last δ is kept, as servers use one."""
+        """`whitening` in the dtype of a tensor; that of the last δ is kept: servers use one."""
         key = (prior_precision, like.dtype, like.device)
         kept = self._kept.get("whitening")
         if kept is None or kept[0] != key:
-            whiten = self.eigenvectors / (self.eigenvalues + prior_precision).sqrt()
-            kept = self._kept["whitening"] = (key, whiten.to(like))
+            kept = self._kept["whitening"] = (key, self.whitening(prior_precision).to(like))
         return kept[1]
+
+    def whitening(self, prior_precision: float) -> Tensor:
+        """Q(Λ + δ)^{-1/2}, shape (k, k), float64."""
+        return self.eigenvectors / (self.eigenvalues + prior_precision).sqrt()
 
     def log_determinant_ratio(self, prior_precision: float) -> float:
         """Log det (G/δ + I): how much the data narrowed the posterior against the prior."""
@@ -264,12 +269,12 @@ class LaplaceEvaluation(Evaluation):
     Attributes:
         prior: Outputs f, φ and R.
         posterior: See `GaussianPosterior`.
-        outside: Variance beside that of the weights, up to its scale, shape (n,), or None.
+        distance: D(x) of the distance term, shape (n,); None without one.
     """
 
     prior: LogitGaussian
     posterior: GaussianPosterior
-    outside: Tensor | None = None
+    distance: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:  # type: ignore[override]
@@ -278,15 +283,15 @@ class LaplaceEvaluation(Evaluation):
 
     def rows(self, index: Tensor | slice) -> "Self":
         """See `Evaluation`."""
-        outside = None if self.outside is None else self.outside[index]
-        return type(self)(self.prior.rows(index), self.posterior, outside)
+        distance = None if self.distance is None else self.distance[index]
+        return type(self)(self.prior.rows(index), self.posterior, distance)
 
     @classmethod
     def joined(cls, parts: "Sequence[Self]") -> "Self":
         """See `Evaluation`."""
-        outside = [part.outside for part in parts if part.outside is not None]
+        distances = [part.distance for part in parts if part.distance is not None]
         prior = LogitGaussian.joined([part.prior for part in parts])
-        return cls(prior, parts[0].posterior, torch.cat(outside) if outside else None)
+        return cls(prior, parts[0].posterior, torch.cat(distances) if distances else None)
 
     def prior_variance(self) -> float:
         """See `Evaluation`."""
@@ -295,4 +300,6 @@ class LaplaceEvaluation(Evaluation):
     def gaussian(self, prior_precision: float) -> LogitGaussian:
         """See `Evaluation`."""
         found = self.posterior.condition(self.prior, prior_precision)
-        return found if self.outside is None else replace(found, outside=self.outside)
+        if self.distance is None:
+            return found
+        return replace(found, outside=self.distance**DISTANCE_POWER)

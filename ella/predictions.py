@@ -104,6 +104,13 @@ class Predictive(ABC):
         if not self._tunable:
             return self
         chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
+        tuning = self._searched(val_loader, chosen, fitted.noise_variance)
+        self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
+        self._warn_of_edges(tuning)
+        return self
+
+    def _searched(self, val_loader: Loader, link: Link, noise_variance: float) -> Tuning:
+        """Evaluate validation data once, and search on the result."""
         with self._labelled_batches(val_loader).named() as batches:
             found = self._evaluate_loader(batches)
             processes = batches.processes
@@ -116,8 +123,8 @@ class Predictive(ABC):
             evaluation.gaussian,
             self.likelihood,
             y,
-            chosen,
-            initial_scale=fitted.noise_variance if noise else 1.0,
+            link,
+            initial_scale=noise_variance if noise else 1.0,
             processes=processes,
             counts=found is not None,
         )
@@ -125,10 +132,7 @@ class Predictive(ABC):
             raise ValueError("No label of the validation data counts: all are ignored.")
         variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64, device=y.device)
         precisions = self._precisions(evaluation, search.score.mean(variance))
-        tuning = search.with_distance(search.run(precisions), precisions, self._distance_share)
-        self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
-        self._warn_of_edges(tuning)
-        return self
+        return search.with_distance(search.run(precisions), precisions, self._distance_share)
 
     def predict_proba(
         self,
@@ -212,7 +216,8 @@ class Predictive(ABC):
             if epistemic is not chosen:  # T = 0: the mean alone
                 mean = evaluation.logits / chosen.logit_temperature
                 used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0), None, wide.outside)
-            return self.likelihood.uncertainty(used, wide, found_link, scale)
+            found = self.likelihood.uncertainty(used, wide, found_link, scale)
+            return replace(found, distance=evaluation.distance)
 
         parts = []
         for inputs in self._input_batches(x):

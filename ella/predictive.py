@@ -183,7 +183,7 @@ def tempered_draws(
 def _normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:
     """Standard normals in the dtype and on the device of a tensor; not to be written into."""
     if num_samples * dim > KEPT_NUMBERS:
-        return _standard_normals(num_samples, dim, seed).to(like)
+        return standard_normals(num_samples, dim, seed).to(like)
     return _kept_normals(num_samples, dim, seed, like.dtype, like.device)
 
 
@@ -193,10 +193,10 @@ def _kept_normals(
     num_samples: int, dim: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     # In float64 on the CPU, so that one seed means the same draws on every device.
-    return _standard_normals(num_samples, dim, seed).to(device, dtype)
+    return standard_normals(num_samples, dim, seed).to(device, dtype)
 
 
-def _standard_normals(num_samples: int, dim: int, seed: int) -> Tensor:
+def standard_normals(num_samples: int, dim: int, seed: int) -> Tensor:
     """Antithetic pairs, whitened if there are more pairs than dimensions: (num_samples, dim)."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn((num_samples + 1) // 2, dim, generator=generator, dtype=torch.float64)
@@ -345,6 +345,11 @@ class Evaluation(ABC):
     @abstractmethod
     def prior_variance(self) -> float:
         """Mean of diag κ(x, x), the prior variance of an output at δ = 1; 0 if there is none."""
+
+    @property
+    def distance(self) -> Tensor | None:
+        """D(x) of the distance term, shape (n,); None without one."""
+        return None
 
     @abstractmethod
     def gaussian(self, prior_precision: float) -> LogitGaussian:

@@ -13,6 +13,7 @@ distance.json after each network, and goes on where it was stopped.
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ella.metrics import (
 
 SCALES = torch.logspace(-0.7, 0.7, 57).tolist()
 """Candidates of τ for temperature scaling with the term."""
+SCORES = ("entropy", "logit_variance", "energy", "corrected_energy", "distance")
 Tune = Callable[[Evaluated, Tensor, Tensor], Evaluated]
 
 
@@ -159,6 +161,9 @@ def within(tuned: Evaluated, rows: Tensor, labels: Tensor) -> dict[str, float]:
         "nll": negative_log_likelihood(probs, y),
         "ece": expected_calibration_error(probs, y),
         "aurc": area_under_risk_coverage(deficit, probs.argmax(1) != y),
+        "aurc max_logit_p_norm": area_under_risk_coverage(
+            tuned.uncertainty([rows]).max_logit_p_norm, probs.argmax(1) != y
+        ),
     }
 
 
@@ -170,9 +175,10 @@ def detection(
     found = {}
     for source, images in outside.items():
         other = images.copied(tuned).uncertainty([torch.arange(len(images))])
-        for score in ("entropy", "logit_variance", "energy"):
+        for score in SCORES:
             pair = getattr(inside, score), getattr(other, score)
-            found[f"{score} {source}"] = auroc(*pair)
+            if pair[0] is not None:
+                found[f"{score} {source}"] = auroc(*pair)
     return found
 
 
@@ -216,11 +222,9 @@ def distance_table(results: Mapping[str, Any]) -> str:
             lines.append(_line(arch, name, found, scaling, sources))
     settings = results["settings"]
     seeds = f"{settings['first_seed']} to {settings['first_seed'] + settings['seeds'] - 1}"
-    about = (
-        f"Seeds {seeds}; {settings['num_inputs']:,} images to learn on, {settings['fit_on']:,} "
-    )
-    about += f"for G and distances; {settings['num_ood']:,} of each source, "
-    about += f"{settings['num_shift']} a corruption and severity."
+    about = f"Seeds {seeds}; {settings['num_inputs']:,} images to learn on, "
+    about += f"{settings['fit_on']:,} for G and distances; {settings['num_ood']:,} of each "
+    about += f"source, {settings['num_shift']} a corruption and severity."
     return f"{pipes(lines)}\n\n{about}"
 
 
@@ -241,7 +245,8 @@ def _line(
         return str(sum(better))
 
     def auroc_of(score: str) -> str:
-        value = mean(found, [f"{score} {source}" for source in sources])
+        keys = [f"{score} {source}" for source in sources]
+        value = mean(found, keys) if keys[0] in found[0] else 0.5
         return "–" if value == 0.5 else f"{value:.4f}"
 
     return [
@@ -249,7 +254,7 @@ def _line(
         *(f"{1e3 * mean(found, ['aurc']):.2f}", auroc_of("entropy")),
         *(f"{mean(found, [f'entropy {source}']):.3f}" for source in sources),
         *(auroc_of("logit_variance"), auroc_of("energy")),
-        *(f"{mean(found, sum(shift(measure), [])):.4f}" for measure in ("nll", "ece")),
+        *(f"{mean(found, [*chain(*shift(measure))]):.4f}" for measure in ("nll", "ece")),
         *(below("nll"), below("ece"), f"{mean(found, ['predict_ratio']):.3f}"),
     ]
 

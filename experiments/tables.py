@@ -29,6 +29,7 @@ from _report import (
     pipes,
 )
 from _study import TABLES, Study, draw
+from distance import distance_table
 from latency import latency_table
 from models import large_table, model_table
 from small_validation import table as small_validation_table
@@ -44,6 +45,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "uci": uci_table,
     "toy": toy_table,
     "small-validation": small_validation_table,
+    "distance": distance_table,
     "latency": latency_table,
     "models": model_table,
     "models-large": large_table,

@@ -9,8 +9,9 @@ from torch import nn
 
 from ella import ELLA, Distance, LastLayer, LogitGaussian, NeuralEF, Nystrom, Probit, Training
 from ella.calibrate import Search
-from ella.distance import HIGHEST, POWER, ActivationDistance, ActivationSums
+from ella.distance import HIGHEST, ActivationDistance, ActivationSums
 from ella.predictive import MonteCarlo, tempered_draws
+from ella.scores import max_logit_p_norm
 
 CLASSES = 3
 NEURAL = NeuralEF(rank=3, num_inputs=40, num_directions=12, width=8, teacher=Training(steps=30))
@@ -139,7 +140,7 @@ def test_variance_beside_that_of_the_weights(model, method):
     )
     d = ella._fit.distance(ella._fit.features.stages(x))
     expected = without.tempered(2.0, 1.5).covariance()
-    expected = expected + (0.3 * d**POWER)[:, None, None] * torch.eye(CLASSES)
+    expected = expected + (0.3 * d**4)[:, None, None] * torch.eye(CLASSES)
     torch.testing.assert_close(ella.logits(x)[1], expected)
     torch.testing.assert_close(ella.gaussian(x).variance(), expected.diagonal(dim1=1, dim2=2))
 
@@ -153,8 +154,9 @@ def test_without_the_term_everything_is_bit_identical(model):
     with_term.hyperparameters = plain.hyperparameters
     with_term.tuning = plain.tuning
     assert torch.equal(plain.predict_proba(x), with_term.predict_proba(x))
+    scores = with_term.uncertainty(x)
     for name, score in vars(plain.uncertainty(x)).items():
-        assert torch.equal(score, getattr(with_term.uncertainty(x), name))
+        assert score is None or torch.equal(score, getattr(scores, name)), name
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -168,7 +170,7 @@ def test_calibrate_sets_the_scale_by_rule(model, likelihood):
     plain = fitted(model, distance=None, likelihood=likelihood).calibrate(batches(x, y))
     ella.calibrate(batches(x, y))
     assert ella.hyperparameters.distance_scale > 0
-    fourth = ella._fit.distance(ella._fit.features.stages(x)) ** POWER
+    fourth = ella._fit.distance(ella._fit.features.stages(x)) ** 4
     posterior = plain.tuning.posterior
     variance = posterior.gaussian(plain._evaluate(x).gaussian, plain.likelihood).variance()
     expected = 0.1 * variance.mean() / fourth.mean()
@@ -291,3 +293,46 @@ def test_bad_settings(name, value):
 def test_a_number_is_no_distance(model):
     with pytest.raises(TypeError, match=r"`distance` must be a Distance or None; got 0\.1"):
         ELLA(model, distance=0.1)
+
+
+def test_scores_by_their_formulas(model):
+    ella = fitted(model).calibrate(batches(normal(100, 4, seed=6), labels(normal(100, 4)).roll(1)))
+    ella.hyperparameters = replace(ella.hyperparameters, temperature=1.0, distance_scale=0.2)
+    x = torch.cat([normal(5, 4, seed=7), 20 * normal(5, 4, seed=8)])
+    scores, gaussian = ella.uncertainty(x), ella.gaussian(x)
+    stages = ella._fit.features.stages(x)
+    torch.testing.assert_close(scores.distance, ella._fit.distance(stages))
+    for i, (m, v) in enumerate(zip(gaussian.mean, gaussian.variance(), strict=True)):
+        total = sum((m / (1 + math.pi * v / 8).sqrt()).exp().tolist())
+        assert scores.corrected_energy[i].item() == pytest.approx(-math.log(total))
+        centred = m - m.mean()
+        norm = sum(abs(each) ** 3 for each in centred.tolist()) ** (1 / 3)
+        assert scores.max_logit_p_norm[i].item() == pytest.approx(-centred.max().item() / norm)
+    plain = fitted(model, distance=None)
+    assert plain.uncertainty(x).distance is None
+    assert plain.uncertainty([x[:3], x[3:]]).corrected_energy.shape == (10,)
+
+
+def test_two_classes_have_no_p_norm():
+    assert max_logit_p_norm(LogitGaussian(normal(4, 2), normal(4, 2, 1))) is None
+    known = max_logit_p_norm(LogitGaussian(torch.zeros(1, 3), torch.zeros(1, 3, 1)))
+    assert known.item() == 0  # no class stands out
+
+
+def test_wide_stages_are_folded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wide = nn.Sequential(nn.Linear(4, 1500), nn.ReLU(), nn.Linear(1500, CLASSES)).double()
+    ella = fitted(wide)
+    x = normal(6, 4, seed=5)
+    stages = ella._fit.features.stages(x)
+    assert {z.shape[1] for z in stages} == {1024}
+    _, read = ella._fit.features(x)
+    for found, expected in zip(read, stages, strict=True):
+        torch.testing.assert_close(found, expected)
+    far = ella._fit.distance(ella._fit.features.stages(10 * x))
+    assert (far > ella._fit.distance(stages)).all()
+    module = ella.predictive_module(16)
+    ella.hyperparameters = replace(ella.hyperparameters, distance_scale=0.2)
+    module = ella.predictive_module(16)
+    torch.testing.assert_close(module(x).probabilities, ella.predict_proba(x, n_samples=16))

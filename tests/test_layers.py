@@ -43,6 +43,7 @@ ORDER = (
     "predictor",
     "baselines",
     "fitted",
+    "export",
     "formats",
     "stored",
     "estimator",

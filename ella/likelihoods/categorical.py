@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ella.likelihoods.base import Discrete
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
-from ella.scores import Uncertainty, energy
+from ella.scores import Uncertainty, corrected_energy, energy, max_logit_p_norm
 from ella.targets import check_class_labels
 
 
@@ -101,7 +101,12 @@ class Categorical(Discrete):
     ) -> Uncertainty:
         """All scores."""
         found = super().uncertainty(gaussian, epistemic, link, scale)
-        return replace(found, energy=energy(gaussian))
+        return replace(
+            found,
+            energy=energy(gaussian),
+            corrected_energy=corrected_energy(epistemic),
+            max_logit_p_norm=max_logit_p_norm(gaussian),
+        )
 
     def _of(self, log_probs: Tensor, y: Tensor) -> Tensor:
         index = y.clamp(0, log_probs.shape[-1] - 1).expand(log_probs.shape[:-1])

@@ -1,0 +1,282 @@
+"""`PredictiveModule`: a fitted estimator as one plain module, for stacks that know no ella."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ella.activations import FeatureTaps, Tap, first_tensor
+from ella.distance import ActivationDistance, Stages, combined
+from ella.eigenfunctions.neural_features import NeuralFeatures
+from ella.fitted import Fit
+from ella.hyperparameters import Hyperparameters
+from ella.inputs import MASK_KEY
+from ella.likelihoods import Discrete
+from ella.network import Network
+from ella.outputs import find_logits
+from ella.posterior import DISTANCE_POWER
+from ella.predictive import MonteCarlo, standard_normals
+from ella.wrappers import clean
+
+UNROLLED = 16
+"""Up to so many outputs a Cholesky factorisation is written out: ONNX has none."""
+
+
+class Prediction(NamedTuple):
+    """What a `PredictiveModule` returns.
+
+    Attributes:
+        probabilities: Shape (n, c).
+        mutual_information: In nats, shape (n,).
+        logit_variance: Mean marginal variance of the logits, shape (n,).
+    """
+
+    probabilities: Tensor
+    mutual_information: Tensor
+    logit_variance: Tensor
+
+
+class PredictiveModule(nn.Module):
+    """x ↦ (probabilities, mutual information, logit variance), in one forward pass.
+
+    It holds a copy of the model, and as buffers everything that prediction needs, and calls
+    nothing that `torch.export` (with any number of examples), `torch.compile(fullgraph=True)` and
+    `torch.onnx` could not follow. x is a tensor, or a tuple or dictionary of tensors.
+
+    The results are those of `predict_proba` and `uncertainty` with as many draws, but for
+    rounding. With more than 16 outputs and as many eigenfunctions, or a residual of blocks and
+    fewer eigenfunctions than outputs, draws are others, so that they agree up to the error of the
+    average. Not to be called by several threads at once: export it, or give each a copy.
+
+    Args:
+        fit: A fit with `NeuralEF`.
+        network: The model.
+        chosen: What predicts.
+        epistemic: What scores of the weights' uncertainty are read from.
+        likelihood: Gives response and entropy.
+        link: Draws.
+
+    Raises:
+        ValueError: If the fit or the likelihood cannot be exported.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        network: Network,
+        chosen: Hyperparameters,
+        epistemic: Hyperparameters,
+        likelihood: Discrete,
+        link: MonteCarlo,
+    ) -> None:
+        super().__init__()
+        features = fit.eigenfunctions
+        if not isinstance(features, NeuralFeatures):
+            raise ValueError(
+                f"predictive_module needs an ELLA that was fitted with NeuralEF, whose "
+                f"predictions are one forward pass; got {type(features).__name__}."
+            )
+        self.reads = _Reading(network, features.taps, fit)
+        self.network = copy.deepcopy(features.basis.network)
+        self.residual = copy.deepcopy(features.residual)
+        self.reads_inputs = features.made.reads == "inputs"
+        self.likelihood = likelihood
+        c = features.made.shape[0]
+        self.epistemic = _Posterior(fit, features, epistemic, likelihood, link, c)
+        same = chosen == epistemic
+        self.chosen = None if same else _Posterior(fit, features, chosen, likelihood, link, c)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> Prediction:
+        """See the class."""
+        logits, activations, distance = self.reads(x)
+        psi = self.network(x if self.reads_inputs else activations)
+        residual = None
+        if self.residual is not None:
+            residual = self.residual.variances(self.residual.network(activations))
+        deviations, variance = self.epistemic(psi, residual, distance)
+        each = self.epistemic.responses(logits, deviations)
+        probabilities = known = each.mean(0).T
+        if self.chosen is not None:
+            other, _ = self.chosen(psi, residual, distance)
+            probabilities = self.chosen.responses(logits, other).mean(0).T
+        entropy = self.likelihood.entropy
+        information = entropy(known) - entropy(each, 1).mean(0)
+        return Prediction(probabilities.contiguous(), information.clamp_min(0), variance.mean(-1))
+
+
+class _Reading(nn.Module):
+    """The model, with its activations and their distance read on the way."""
+
+    def __init__(self, network: Network, taps: FeatureTaps, fit: Fit) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(network.model).eval()
+        self.output = network.output
+        self.taps = list(taps.taps)
+        self.stages: Stages | None = fit.features.stages
+        self.distance = None if fit.distance is None else _Distance(fit.distance, network.wide)
+        if self.stages is not None and not self.stages.among(self.taps):
+            self.taps += [tap for tap in self.stages.taps.taps if tap not in self.taps]
+        known = {} if self.stages is None else self.stages.signs(network.device)
+        self.folded = list(known)
+        for width, signs in known.items():
+            self.register_buffer(f"signs_{width}", signs)
+        self.width = len(taps.taps)
+        self.store = _Store()
+        modules = {clean(name): module for name, module in self.model.named_modules()}
+        for i, tap in enumerate(self.taps):
+            modules[clean(tap.module)].register_forward_hook(_Hook(self.store, i, tap))
+
+    def forward(
+        self, x: Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, activations as eigenfunctions read them, and D."""
+        self.store.values.clear()
+        self.store.mask = x.get(MASK_KEY) if isinstance(x, dict) else None
+        found = find_logits(self._returned(x), self.output)
+        logits = found.unsqueeze(-1) if found.ndim == 1 else found
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        read = [self.store.values[i] for i in range(len(self.taps))]
+        activations = torch.cat([*read[: self.width], logits], dim=1)
+        if self.distance is None or self.stages is None:
+            return logits, activations, None
+        signs = {width: getattr(self, f"signs_{width}") for width in self.folded}
+        stages = self.stages.split(torch.cat(read, dim=1), self.taps, signs)
+        return logits, activations, self.distance(stages)
+
+    def _returned(self, x: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> object:
+        if isinstance(x, dict):
+            return self.model(**x)
+        return self.model(*x) if isinstance(x, tuple) else self.model(x)
+
+
+class _Store:
+    """Where hooks put what they read; no attribute of a module, which must not change."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, Tensor] = {}
+        self.mask: Tensor | None = None
+
+
+class _Hook:
+    """Reads one tap. An object, so that a copy of the module has hooks of its own."""
+
+    def __init__(self, store: _Store, index: int, tap: Tap) -> None:
+        self.store, self.index, self.tap = store, index, tap
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        value = first_tensor(args if self.tap.side == "input" else output)
+        if value is not None:
+            self.store.values[self.index] = self.tap.pool(value, self.store.mask)
+
+
+class _Distance(nn.Module):
+    """D(x) from the numbers of each stage."""
+
+    def __init__(self, distance: ActivationDistance, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.count = len(distance.roots)
+        for i, (mean, root) in enumerate(distance.roots):
+            self.register_buffer(f"mean_{i}", mean.to(dtype))
+            self.register_buffer(f"root_{i}", root.to(dtype))
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        """Shape (n,)."""
+        names = [(f"mean_{i}", f"root_{i}") for i in range(self.count)]
+        known = [(getattr(self, mean), getattr(self, root)) for mean, root in names]
+        return combined(stages, known)
+
+
+class _Posterior(nn.Module):
+    """The Gaussian over logits at some hyperparameters, and draws from it."""
+
+    mix: Tensor
+    normals: Tensor
+
+    def __init__(
+        self,
+        fit: Fit,
+        features: NeuralFeatures,
+        at: Hyperparameters,
+        likelihood: Discrete,
+        link: MonteCarlo,
+        num_outputs: int,
+    ) -> None:
+        super().__init__()
+        self.likelihood, self.num_outputs = likelihood, num_outputs
+        self.logit_temperature, self.distance_scale = at.logit_temperature, at.distance_scale
+        self.residual_scale = at.temperature / at.logit_temperature**2 / at.prior_precision
+        self.certain = at.temperature == 0 and at.distance_scale == 0
+        mixing = features.basis.mixing * features.basis.eigenvalues.clamp_min(0).sqrt()
+        scale = math.sqrt(at.temperature) / at.logit_temperature
+        whitened = fit.posterior.whitening(at.prior_precision).to(mixing.device)
+        self.register_buffer("mix", (mixing.double() @ whitened * scale).to(mixing))
+        rank, outside = self.mix.shape[1], features.residual is not None or at.distance_scale > 0
+        few = num_outputs <= UNROLLED and (rank > num_outputs or (rank == num_outputs and outside))
+        self.unrolled = few
+        dim = num_outputs if few else rank + num_outputs * outside
+        normals = standard_normals(link.num_samples, dim, link.seed)
+        self.register_buffer("normals", normals.to(mixing))
+
+    def forward(
+        self, psi: Tensor, residual: Tensor | None, distance: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Deviations of draws (s, c, n), and marginal variances (n, c)."""
+        factor = psi @ self.mix
+        outside = None if residual is None else residual * self.residual_scale
+        if distance is not None and self.distance_scale > 0:
+            beside = (self.distance_scale * distance**DISTANCE_POWER).unsqueeze(1)
+            eye = torch.eye(self.num_outputs, dtype=psi.dtype, device=psi.device)
+            full = outside is not None and outside.ndim == 3
+            beside = beside.unsqueeze(2) * eye if full else beside.expand(-1, self.num_outputs)
+            outside = beside if outside is None else outside + beside
+        variance = factor.square().sum(-1)
+        if outside is not None:
+            full = outside.ndim == 3
+            variance = variance + (outside.diagonal(dim1=1, dim2=2) if full else outside)
+        return self._deviations(factor, outside), variance
+
+    def responses(self, logits: Tensor, deviations: Tensor) -> Tensor:
+        """The response at each draw, (s, c, n); at the mean alone where nothing is uncertain."""
+        mean = (logits / self.logit_temperature).T
+        draws = mean.unsqueeze(0) if self.certain else mean + deviations
+        return self.likelihood.response(draws, 1)
+
+    def _deviations(self, factor: Tensor, outside: Tensor | None) -> Tensor:
+        if self.unrolled:
+            covariance = factor @ factor.mT
+            if outside is not None:
+                covariance = covariance + (
+                    outside if outside.ndim == 3 else torch.diag_embed(outside)
+                )
+            return torch.einsum("sk,nck->scn", self.normals, cholesky(covariance))
+        rank = factor.shape[-1]
+        found = torch.einsum("sk,nck->scn", self.normals[:, :rank], factor)
+        if outside is None:
+            return found
+        others = self.normals[:, rank:]
+        if outside.ndim == 3:
+            return found + torch.einsum("sd,ncd->scn", others, cholesky(outside))
+        return found + others.unsqueeze(-1) * outside.clamp_min(0).sqrt().T
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower triangular root of matrices (n, c, c), column by column.
+
+    A pivot that is rounding of 0 leaves its column 0: nothing is left to explain.
+    """
+    c = matrix.shape[-1]
+    rounding = 4 * c * torch.finfo(matrix.dtype).eps
+    columns: list[Tensor] = []
+    for j in range(c):
+        rest = matrix[:, j:, j]
+        for known in columns:
+            rest = rest - known[:, j:] * known[:, j : j + 1]
+        pivot = rest[:, :1]
+        left = pivot > rounding * matrix[:, j, j].unsqueeze(1)
+        column = torch.where(left, rest / torch.where(left, pivot, 1).sqrt(), 0)
+        columns.append(torch.nn.functional.pad(column, (j, 0)))
+    return torch.stack(columns, dim=-1)
