@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from ella.checkpoint import Checkpoint
 from ella.inputs import Collated, Inputs, as_inputs, check_inputs, is_array, moved, take
 from ella.network import Network
 from ella.processes import Processes
@@ -37,6 +38,9 @@ class Batches:
         processes: Those that share the data; None is this one alone. What a `DistributedSampler`
             repeats to give all of them as much is left out of labelled batches.
 
+    Attributes:
+        checkpoint: Where finished parts of a fit to these batches are kept.
+
     Raises:
         TypeError: If `loader` is a tensor, an iterator, or not iterable.
     """
@@ -64,6 +68,7 @@ class Batches:
         self.loader, self.device, self.dtype = loader, device, dtype
         self.split, self.view = split, view
         self.processes = Processes() if processes is None else processes
+        self.checkpoint = Checkpoint()
         self._number: int | None = None
 
     def labelled(self) -> Iterator[tuple[Inputs, Tensor]]:

@@ -1,6 +1,6 @@
 """`ELLA`: the stages in order, from a trained model to calibrated predictions."""
 
-from collections.abc import Iterable, Iterator
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 from ella.activations import FeatureTaps
 from ella.batches import Batches, Loader, Split
+from ella.checkpoint import Checkpoint
 from ella.choosing import stage_ends
-from ella.distance import ActivationSums, Distance, Stages
-from ella.eigenfunctions import EigenfunctionMethod, NeuralEF
+from ella.distance import Distance, Stages
+from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.export import PredictiveModule
 from ella.fitted import Features, Fit, Sums
 from ella.hints import hint
-from ella.inputs import Inputs, check_positive, slices, take
+from ella.inputs import Inputs, check_positive
 from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
-from ella.posterior import LaplaceEvaluation, accumulate
+from ella.posterior import LaplaceEvaluation
 from ella.predictive import LogitGaussian, MonteCarlo
 from ella.seen import MANY, Seen
 from ella.stored import Stored
+from ella.summing import Summing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -137,7 +139,9 @@ class ELLA(Stored):
         return Linearized(self.network, memory_budget=self.memory_budget, trainable=trainable)
 
     @torch.inference_mode(False)
-    def fit(self, train_loader: Loader) -> "Self":
+    def fit(
+        self, train_loader: Loader, *, checkpoint: str | os.PathLike[str] | None = None
+    ) -> "Self":
         """Learn the eigenfunctions, then sum G over the training data. Starts again each time.
 
         A loader that shuffles or augments is fine: both passes take whatever it yields.
@@ -151,21 +155,22 @@ class ELLA(Stored):
         Args:
             train_loader: Yields (x, y, ...) or mappings; x a tensor, tuple or mapping. It is
                 iterated over more than once.
+            checkpoint: A folder for what is finished. The same call again goes on from there, to
+                the same result; batches have to come in the same order. It can be removed after.
 
         Raises:
             TypeError: If the loader, a batch or the labels have the wrong form.
-            ValueError: If a value is bad, no parameter requires a gradient, or the data carry
-                fewer than k directions.
+            ValueError: If a value is bad, no parameter requires a gradient, the data carry fewer
+                than k directions, or the checkpoint is of other data, another model or settings.
         """
         linearized = Linearized(self.network, memory_budget=self.memory_budget)
         with self._labelled_batches(train_loader).named() as batches:
             self._check_first_batch(batches)
-            found = self.eigenfunctions.fit(
-                linearized, batches, seed=self.seed, progress=self.progress
-            )
+            kept = self._checkpoint(checkpoint, linearized, batches)
+            found = self._eigenfunctions(linearized, batches, kept)
             features = Features(found, self._stages(batches))
         seen = Seen()
-        sums = self._sums(features, train_loader, seen)
+        sums = self._sums(features, train_loader, seen, kept)
         self._hint_about_labels(seen)
         ridge = 1.0 if self.distance is None else self.distance.ridge
         fit = Fit.of(features, sums, ridge, linearized.trainable)
@@ -326,34 +331,47 @@ class ELLA(Stored):
             )
         return found
 
-    def _sums(self, features: Features, loader: Loader, seen: Seen) -> Sums:
+    def _sums(
+        self,
+        features: Features,
+        loader: Loader,
+        seen: Seen,
+        checkpoint: Checkpoint | None = None,
+    ) -> Sums:
         """Over all data; a sample of positions stands for all of them."""
         view = self._sampled_rows()
-        activations: list[ActivationSums] = []
-
-        def evaluated(x: Inputs) -> LogitGaussian:
-            prior, stages = features(x)
-            if stages is not None:
-                activations[:] = [sum(activations, ActivationSums.of(stages))]
-            return prior
-
-        def pieces(pairs: Iterable[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
-            for x, y in pairs:
-                seen.note(x, y)
-                for part in slices(len(y), self._piece_size(x)):
-                    yield take(x, part), y[part]
-
+        kept = Checkpoint() if checkpoint is None else checkpoint
+        summing = Summing(features, self.likelihood, self._piece_size, kept)
         with self._batches(loader, view).named() as batches:
             pairs = self._progress_over(batches.labelled(), "curvature")
-            parts = ((evaluated(x), y) for x, y in pieces(pairs))
+            sums = summing.over(pairs, seen)
             processes = batches.processes
-            empty = processes.size > 1 and batches.first() is None
-            training = None if empty else accumulate(parts, self.likelihood)
-        sums = None if training is None else Sums(training, *activations)
+        if sums is None and processes.size == 1:
+            raise ValueError("No data: expected at least one example.")
         if sums is not None and view.share != 1:
             sums = sums.scaled(1 / view.share)
         seen.complete = seen.complete and processes.size == 1
         return Sums.over(processes, sums, features.stages, self._device)
+
+    def _eigenfunctions(
+        self, linearized: Linearized, batches: Batches, checkpoint: Checkpoint
+    ) -> Eigenfunctions:
+        """Fitted, or as they were fitted before."""
+        state = checkpoint.kept("eigenfunctions", self._device)
+        if all(batches.processes.each(state is not None)) and state is not None:
+            return self.eigenfunctions.restore(
+                self.network,
+                state,
+                trainable=linearized.trainable,
+                memory_budget=self.memory_budget,
+            )
+        batches.checkpoint = checkpoint
+        found = self.eigenfunctions.fit(
+            linearized, batches, seed=self.seed, progress=self.progress
+        )
+        checkpoint.keep("eigenfunctions", found.state())
+        checkpoint.drop("sample")
+        return found
 
     def _hint_about_labels(self, seen: Seen) -> None:
         if isinstance(self.likelihood, Discrete) and seen.one_label is not MANY:

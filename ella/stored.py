@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ella.batches import Split
+from ella.batches import Batches, Split
+from ella.checkpoint import Checkpoint, batch_digest
 from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
 from ella.fitted import Fit
 from ella.formats import KINDS, given_or_saved, upgraded
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Likelihood
+from ella.linearize import Linearized
 from ella.network import Network
 from ella.outputs import Output
 from ella.predictions import NotFittedError
@@ -182,6 +185,28 @@ class Stored(Predictor):
             "distance_term": describe(self.distance),
         }
         return State(found.tensors, {**found.settings, **settings})
+
+    def _checkpoint(
+        self, folder: str | os.PathLike[str] | None, linearized: Linearized, batches: Batches
+    ) -> Checkpoint:
+        """That of a fit: of this model, these settings, this process's data."""
+        if folder is None:
+            return Checkpoint()
+        first, processes = batches.first(), batches.processes
+        about: dict[str, Json] = {
+            "model": self.network.fingerprint(),
+            "trainable": list(linearized.trainable),
+            "eigenfunctions": describe(self.eigenfunctions),
+            "likelihood": describe(self.likelihood),
+            "distance": describe(self.distance),
+            "seed": self.seed,
+            "positions": self.positions,
+            "memory_budget": self.memory_budget,
+            "first batch": None if first is None else batch_digest(*first),
+            "processes": [processes.rank, processes.size],
+        }
+        place = Path(folder)
+        return Checkpoint(place / str(processes.rank) if processes.size > 1 else place, about)
 
     def _fitted(self) -> Fit:
         self._require_fitted()

@@ -14,6 +14,7 @@ ORDER = (
     "targets",
     "collection",
     "saving",
+    "checkpoint",
     "metrics",
     "wrappers",
     "views",
@@ -46,6 +47,7 @@ ORDER = (
     "export",
     "formats",
     "stored",
+    "summing",
     "estimator",
     "sklearn",
 )

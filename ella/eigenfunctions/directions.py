@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ella.batches import Batches
 from ella.collection import Collection
 from ella.inputs import Inputs, slices
 from ella.linearize import Linearized
 from ella.processes import Processes
+from ella.saving import State
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
 log = logging.getLogger("ella")
@@ -111,7 +113,7 @@ def find_directions(
     rank: int,
     num_directions: int,
     generator: torch.Generator,
-    processes: Processes,
+    batches: Batches,
 ) -> Directions:
     """The `num_directions` leading directions of `SKETCHED_ROWS` rows, random outputs of inputs.
 
@@ -124,17 +126,23 @@ def find_directions(
     size = min(p, max(SKETCH_SIZE, num_directions))
     seed = int(torch.randint(2**31, (1,), generator=generator))
     signs = random_signs(p, seed, linearized.device)
+    processes, checkpoint = batches.processes, batches.checkpoint
+    state = checkpoint.kept("sample-directions", linearized.device)
+    if all(processes.each(state is not None)) and state is not None:
+        generator.set_state(state.tensors["generator"].cpu())
+        return Directions(signs, state.tensor("axes", (size, None)))
     sketches = _sampled_sketches(linearized, inputs, signs, size, generator, processes)
     log.info(
         "rows of %d weights are sketched to %d numbers; directions from %d rows",
-        p,
-        size,
-        len(sketches),
+        *(p, size, len(sketches)),
     )
     values, vectors = numerical_eigenpairs(row_gram(sketches))
     values, vectors = values[:num_directions], vectors[:, :num_directions]
     check_rank(rank, len(values))
-    return Directions(signs, sketches.T @ (vectors / values.sqrt()).to(sketches))
+    axes = sketches.T @ (vectors / values.sqrt()).to(sketches)
+    known = State({"axes": axes, "generator": generator.get_state()})
+    checkpoint.keep("sample-directions", known)
+    return Directions(signs, axes)
 
 
 def _sampled_sketches(

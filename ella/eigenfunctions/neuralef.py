@@ -156,7 +156,7 @@ class NeuralEF:
             rank=self.rank,
             num_directions=self.num_directions,
             generator=generator,
-            processes=processes,
+            batches=batches,
             progress=progress,
         )
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ella.activations import FeatureTaps, restored_taps
+from ella.batches import Batches
+from ella.checkpoint import Checkpoint, digest_of
 from ella.collection import Collection, input_state, restored_inputs
 from ella.eigenfunctions.directions import (
     Directions,
@@ -17,10 +19,9 @@ from ella.eigenfunctions.directions import (
     projected_blocks,
     projected_rows,
 )
-from ella.inputs import Inputs, num_examples, slices
+from ella.inputs import Inputs, input_tensors, num_examples, slices
 from ella.linearize import Linearized
 from ella.network import Network
-from ella.processes import Processes
 from ella.saving import State
 
 log = logging.getLogger("ella")
@@ -131,12 +132,13 @@ def sample_kernel(
     rank: int,
     num_directions: int,
     generator: torch.Generator,
-    processes: Processes,
+    batches: Batches,
     progress: bool,
 ) -> KernelSample:
     """One pass over the inputs, of c row gradients each, or `SAMPLED_OUTPUTS` for a large c.
 
-    Each process passes over its own inputs; all get the numbers that all have found.
+    Each of the processes that the batches name passes over its own inputs; all get the numbers
+    that all have found. Finished parts go to the batches' checkpoint.
 
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
@@ -147,8 +149,9 @@ def sample_kernel(
         rank=rank,
         num_directions=num_directions,
         generator=generator,
-        processes=processes,
+        batches=batches,
     )
+    processes = batches.processes
     c = processes.agreed(linearized.num_outputs(inputs.parts[0]) if inputs.parts else None)
     start, total = processes.extent(len(inputs))
     outputs = None
@@ -161,18 +164,15 @@ def sample_kernel(
         *(total, c if outputs is None else SAMPLED_OUTPUTS, c),
         *(linearized.num_parameters, len(found), "blocks" if whole else "diagonals"),
     )
-    each = _Pass(linearized, taps, found, outputs, whole=whole)
+    each = _Pass(linearized, taps, found, outputs, whole, batches.checkpoint)
     features, diagonals, blocks, read = (
         processes.joined(torch.cat(parts) if parts else None, linearized.device)
         for parts in each.over(inputs, progress)
     )
     s, scale, axes = _scaled(features, c)
     known = blocks * scale**2 if whole else None
-    if outputs is not None:
-        outputs = processes.joined(outputs, linearized.device)
-    return KernelSample(
-        taps, inputs, read, s, diagonals * scale**2, known, scale, axes, c, outputs
-    )
+    drawn = None if outputs is None else processes.joined(outputs, linearized.device)
+    return KernelSample(taps, inputs, read, s, diagonals * scale**2, known, scale, axes, c, drawn)
 
 
 def _blocks_fit(linearized: Linearized, n: int, c: int) -> bool:
@@ -191,17 +191,29 @@ class _Pass:
     directions: Directions
     outputs: Tensor | None
     whole: bool
+    checkpoint: Checkpoint
 
     def over(self, inputs: Collection, progress: bool) -> tuple[list[Tensor], ...]:
         """S, diag κ, the blocks (or the diagonals again) and activations, in parts."""
         found: tuple[list[Tensor], ...] = ([], [], [], [])
         bar = tqdm(total=len(inputs), desc="jacobians", disable=not progress, leave=False)
         for where, x in _numbered(inputs):
-            for parts, part in zip(found, self._at(where, x), strict=True):
+            for parts, part in zip(found, self._kept(where, x), strict=True):
                 parts.append(part)
             bar.update(num_examples(x))
         bar.close()
         return found
+
+    def _kept(self, where: slice, x: Inputs) -> tuple[Tensor, ...]:
+        """What was computed before of these inputs, or is now."""
+        if self.checkpoint.folder is None:
+            return self._at(where, x)
+        name, digest = f"sample-{where.start:08d}", digest_of(input_tensors(x))
+        state = self.checkpoint.kept(name, self.linearized.device)
+        if state is None or state.text("digest") != digest:
+            named = {str(i): tensor for i, tensor in enumerate(self._at(where, x))}
+            self.checkpoint.keep(name, state := State(named, {"digest": digest}))
+        return tuple(state.tensors[str(i)] for i in range(4))
 
     def _at(self, where: slice, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         read = self.taps(x)[1]
