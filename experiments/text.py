@@ -39,7 +39,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ella import ELLA, Evaluated, LastLayer, Linearized, NeuralEF, Nystrom, Predictor, Training
+from ella import (
+    ELLA,
+    Distance,
+    Evaluated,
+    LastLayer,
+    Linearized,
+    NeuralEF,
+    Nystrom,
+    Predictor,
+    Training,
+)
 from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
 from ella.metrics import evaluate
 
@@ -135,9 +145,15 @@ def methods(settings: Settings, task: TextTask) -> dict[str, Method]:
     rank, rows = (4, 12) if settings.smoke else (16, 32)
     common: dict[str, Any] = {"seed": settings.first_seed, "progress": False}
 
-    def ella(eigenfunctions: Any, residual: str, **kind: bool) -> Method:  # noqa: ANN401
+    def ella(
+        eigenfunctions: Any,  # noqa: ANN401
+        residual: str,
+        distance: Distance | None = None,
+        **kind: bool,
+    ) -> Method:
         options = {"residual": residual, "memory_budget": MEMORY_BUDGET, **common}
-        return Method(lambda m: ELLA(m, eigenfunctions=eigenfunctions, **options), **kind)
+        options |= {"eigenfunctions": eigenfunctions, "distance": distance}
+        return Method(lambda model: ELLA(model, **options), **kind)
 
     def last_layer(structure: str) -> Method:
         return Method(lambda model: LastLayerLaplace(model, structure=structure, **common))
@@ -150,6 +166,7 @@ def methods(settings: Settings, task: TextTask) -> dict[str, Method]:
         "ELLA, last layer, no residual": ella(LastLayer(), "none"),
         f"ELLA, Nyström k = {rank}": ella(Nystrom(rank, rows), "diag", whole=True),
         "ELLA, NeuralEF": ella(neural_ef(settings, task), "diag", whole=True),
+        "ELLA, NeuralEF + D": ella(neural_ef(settings, task), "diag", Distance(), whole=True),
     }
 
 

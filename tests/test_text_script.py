@@ -134,7 +134,7 @@ def test_smoke(minilm, tmp_path, monkeypatch, capsys):
     text.main(options)
     rows = json.loads(path.read_text())["rows"]
     assert [row for row in rows if row["method"] in ("MAP", "ELLA, Nyström k = 4")] == first
-    assert len(rows) == 2 * 7
+    assert len(rows) == 2 * 8
     assert len({(row["method"], row["seed"]) for row in rows}) == 14
     tuned = {row["logit_temperature"] for row in rows if row["method"] == "temperature scaling"}
     assert {row["logit_temperature"] for row in rows if row["method"] == "MAP"} == {1.0}
