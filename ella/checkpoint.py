@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ella.inputs import Inputs, input_tensors
+from ella.inputs import Inputs, input_tensors, model_inputs
 from ella.saving import Json, State, read, write
 
 SUFFIX = ".ella"
@@ -83,4 +83,4 @@ def digest_of(tensors: Iterable[Tensor], before: str = "") -> str:
 
 def batch_digest(x: Inputs, y: Tensor, before: str = "") -> str:
     """The same of one batch."""
-    return digest_of([*input_tensors(x), y], before)
+    return digest_of([*input_tensors(model_inputs(x)), y], before)

@@ -4,6 +4,8 @@ import warnings
 
 from torch import Tensor
 
+from ella.batches import Batches
+from ella.checkpoint import batch_digest
 from ella.inputs import Inputs, num_examples, take
 from ella.likelihoods import Bernoulli, Categorical, Likelihood
 from ella.network import Network
@@ -46,6 +48,21 @@ def hint_about_model(network: Network, x: Inputs, likelihood: Likelihood) -> Non
             "The model's outputs for an example depend on the rest of its batch: is there "
             "BatchNorm without running statistics (track_running_stats=False)? Predictions will "
             "depend on how data are batched; give it statistics, or use another normalisation."
+        )
+
+
+def hint_about_shards(batches: Batches) -> None:
+    """Several processes that begin with one batch: each may have been given all of the data."""
+    if batches.processes.size == 1:
+        return
+    first = batches.first()
+    digests = batches.processes.each(None if first is None else batch_digest(*first))
+    known = [digest for digest in digests if digest is not None]
+    if len(set(known)) < len(known):
+        hint(
+            f"Some of {batches.processes.size} processes begin with the same batch: what several "
+            f"of them yield counts several times. Give each its part of the data, for example "
+            f"with a DistributedSampler, or, to work alone, a `process_group` of its own."
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ella.batches import Batches, Loader, Split, View
 from ella.evaluated import Evaluated
-from ella.hints import hint_about_model
+from ella.hints import hint_about_model, hint_about_shards
 from ella.hyperparameters import Hyperparameters
 from ella.inputs import Inputs, Rows, moved, num_examples
 from ella.likelihoods import Likelihood, as_likelihood
@@ -158,6 +158,7 @@ class Predictor(Predictive):
             batches.end()
             hint_about_model(self.network, x, self.likelihood)
             break
+        hint_about_shards(batches)
 
     def _set_fitted(self, hyperparameters: Hyperparameters) -> None:
         """The last step of `fit`: from here on the model must stay as it is."""

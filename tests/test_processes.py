@@ -209,6 +209,18 @@ def test_no_process_hangs_when_another_ends(work, tmp_path):
     assert second is None or "must lie in 0..2" in second
 
 
+def unshared(rank):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ELLA(model(), eigenfunctions=LastLayer(), **QUIET).fit(loader(*data(20)))
+    return [str(each.message) for each in found]
+
+
+def test_data_that_are_not_shared_out_get_a_hint(tmp_path):
+    for found in in_processes(unshared, tmp_path):
+        assert any("Some of 2 processes begin with the same batch" in text for text in found)
+
+
 def nothing(rank):
     return ELLA(model(), eigenfunctions=NEURAL, **QUIET).fit([])
 

@@ -135,7 +135,7 @@ def test_smoke(minilm, tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [row for row in rows if row["method"] in ("MAP", "ELLA, Nyström k = 4")] == first
     assert len(rows) == 2 * 8
-    assert len({(row["method"], row["seed"]) for row in rows}) == 14
+    assert len({(row["method"], row["seed"]) for row in rows}) == 16
     tuned = {row["logit_temperature"] for row in rows if row["method"] == "temperature scaling"}
     assert {row["logit_temperature"] for row in rows if row["method"] == "MAP"} == {1.0}
     assert tuned != {1.0}
