@@ -185,7 +185,7 @@ class FeatureTaps:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
         logits, pooled = self.each(x)
         read = [
-            pooled[i] if i in pooled else self._nothing(tap, logits)
+            pooled[i] if i in pooled else nothing_read(tap, logits)
             for i, tap in enumerate(self.taps)
         ]
         return logits, torch.cat([*read, logits], dim=1)
@@ -215,14 +215,19 @@ class FeatureTaps:
         readers = {name: reader(indices) for name, indices in self._places.items()}
         return self.network(x, readers), pooled
 
-    @staticmethod
-    def _nothing(tap: Tap, logits: Tensor) -> Tensor:
-        if tap.width is None:
-            raise ValueError(
-                f"The model left out its module {tap.module!r}, whose activations are needed. "
-                f"Fit again: newer files know what to put in their place."
-            )
-        return logits.new_zeros(len(logits), tap.width)
+
+def nothing_read(tap: Tap, logits: Tensor) -> Tensor:
+    """What stands for activations of a module that a forward pass left out.
+
+    Raises:
+        ValueError: If a file of version 0.1 does not say how many they are.
+    """
+    if tap.width is None:
+        raise ValueError(
+            f"The model left out its module {tap.module!r}, whose activations are needed. Fit "
+            f"again: newer files know what to put in their place."
+        )
+    return logits.new_zeros(logits.shape[0], tap.width)
 
 
 def first_tensor(value: object) -> Tensor | None:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap, first_tensor
+from ella.activations import FeatureTaps, Tap, first_tensor, nothing_read
 from ella.distance import ActivationDistance, Stages, combined
 from ella.eigenfunctions.neural_features import NeuralFeatures
 from ella.fitted import Fit
 from ella.hyperparameters import Hyperparameters
-from ella.inputs import MASK_KEY
+from ella.inputs import MASK_KEY, input_tensors
 from ella.likelihoods import Discrete
 from ella.network import Network
 from ella.outputs import find_logits
@@ -135,11 +135,19 @@ class _Reading(nn.Module):
         """Logits, activations as eigenfunctions read them, and D."""
         self.store.values.clear()
         self.store.mask = x.get(MASK_KEY) if isinstance(x, dict) else None
+        self.store.count = input_tensors(x)[0].shape[0]
         found = find_logits(self._returned(x), self.output)
         logits = found.unsqueeze(-1) if found.ndim == 1 else found
+        if logits.ndim != 2:
+            raise ValueError(
+                f"A PredictiveModule is for outputs (n, c); the model gives {tuple(logits.shape)}."
+            )
         if logits.dtype.itemsize < 4:
             logits = logits.float()
-        read = [self.store.values[i] for i in range(len(self.taps))]
+        read = [
+            self.store.values[i] if i in self.store.values else nothing_read(tap, logits)
+            for i, tap in enumerate(self.taps)
+        ]
         activations = torch.cat([*read[: self.width], logits], dim=1)
         if self.distance is None or self.stages is None:
             return logits, activations, None
@@ -159,6 +167,7 @@ class _Store:
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
         self.mask: Tensor | None = None
+        self.count: int | None = None
 
 
 class _Hook:
@@ -170,7 +179,8 @@ class _Hook:
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         value = first_tensor(args if self.tap.side == "input" else output)
         if value is not None:
-            self.store.values[self.index] = self.tap.pool(value, self.store.mask)
+            pooled = self.tap.pool(value, self.store.mask, self.store.count)
+            self.store.values[self.index] = pooled
 
 
 class _Distance(nn.Module):

@@ -47,7 +47,7 @@ class Summing:
             ValueError: If a batch is bad, or those that were summed before were others.
         """
         total, done, expected = self._before()
-        digest = ""
+        digest, number = "", 0
         for number, (x, y) in enumerate(pairs, start=1):
             seen.note(x, y)
             if self.checkpoint.folder is not None:
@@ -55,17 +55,22 @@ class Summing:
             if number < done:
                 continue
             if number == done:
-                if digest != expected:
-                    raise ValueError(
-                        "The batches are not those that the checkpoint has summed. Shuffle with a "
-                        "seeded generator, or not at all; or remove the folder to start again."
-                    )
+                self._check(digest == expected)
                 continue
             for part in self._parts(x, y):
                 total = part if total is None else total + part
             if number % KEPT_EVERY == 0 and total is not None:
                 self._keep(total, number, digest)
+        self._check(number >= done)
         return total
+
+    @staticmethod
+    def _check(same: bool) -> None:
+        if not same:
+            raise ValueError(
+                "The batches are not those that the checkpoint has summed. Shuffle with a seeded "
+                "generator, or not at all; or remove the folder to start again."
+            )
 
     def _parts(self, x: Inputs, y: Tensor) -> Iterator[Sums]:
         for part in slices(len(y), self.piece_size(x)):

@@ -169,6 +169,14 @@ def test_batches_in_another_order_are_refused(tmp_path):
         estimator().fit(other, checkpoint=tmp_path)
 
 
+def test_fewer_batches_than_were_summed_are_refused(tmp_path):
+    batches = loader(*data())
+    with pytest.raises(Crash):
+        estimator().fit(Crashing(batches, 4 + 75 + 3 * KEPT_EVERY), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="not those that the checkpoint has summed"):
+        estimator().fit(batches[:30], checkpoint=tmp_path)
+
+
 def test_a_damaged_part_is_an_error(tmp_path):
     Checkpoint(tmp_path, "a").keep("part", State({"x": torch.ones(3)}))
     path = tmp_path / "part.ella"

@@ -259,3 +259,41 @@ def test_what_it_returns_has_names():
     assert found(inputs("perceptron", 3))._fields == (
         *("probabilities", "mutual_information", "logit_variance"),
     )
+
+
+class Windows(nn.Module):
+    """Folds four windows of each example into the batch, and leaves out a branch at times."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.mix = nn.Linear(6, 10), nn.Linear(10, 9)
+        self.branch, self.head = nn.Linear(9, 9), nn.Linear(9, 3)
+
+    def forward(self, x):
+        h = self.each(x.reshape(-1, 6)).relu()
+        h = self.mix(h).relu().view(x.shape[0], 4, -1).mean(1)
+        if self.training:
+            h = self.branch(h)
+        return self.head(h)
+
+
+def test_parts_of_examples_in_the_batch():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Windows().eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, 6, generator=generator)
+    method = NeuralEF(6, num_inputs=40, num_directions=24, width=16, teacher=Training(steps=30))
+    ella = ELLA(model, eigenfunctions=method, distance=Distance(), **QUIET)
+    ella.fit([(x, torch.arange(40) % 3)])
+    ella.hyperparameters = replace(ella.hyperparameters, distance_scale=0.2)
+    assert_same(ella.predictive_module(DRAWS)(x[:7]), ella, x[:7])
+
+
+def test_dense_outputs_are_refused():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
+    x = torch.randn(12, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    method = NeuralEF(3, num_inputs=40, num_directions=12, width=8, teacher=Training(steps=20))
+    ella = ELLA(model, eigenfunctions=method, **QUIET).fit([(x, torch.randint(3, (12, 5, 5)))])
+    with pytest.raises(ValueError, match=r"outputs \(n, c\); the model gives \(12, 3, 5, 5\)"):
+        ella.predictive_module(DRAWS)(x)
