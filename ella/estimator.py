@@ -369,8 +369,9 @@ class ELLA(Stored):
         found = self.eigenfunctions.fit(
             linearized, batches, seed=self.seed, progress=self.progress
         )
-        checkpoint.keep("eigenfunctions", found.state())
-        checkpoint.drop("sample")
+        if checkpoint.folder is not None:
+            checkpoint.keep("eigenfunctions", found.state())
+            checkpoint.drop("sample")
         return found
 
     def _hint_about_labels(self, seen: Seen) -> None:
