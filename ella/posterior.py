@@ -1,7 +1,7 @@
 """Sums over data, and the Gaussian posterior in the space of eigenfunctions that they make."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -154,35 +154,6 @@ class TrainingSums:
             state.number("prior_variance"),
             state.integer("num_examples"),
         )
-
-
-def accumulate(
-    parts: Iterable[tuple[LogitGaussian, Tensor]], likelihood: Likelihood
-) -> TrainingSums:
-    r"""Sum the Gauss-Newton matrix :math:`G = \sum_i φ(x_i)^\top Λ_i φ(x_i)` over data.
-
-    Args:
-        parts: Per batch the prior (f, φ, R) at its inputs, and targets. The order and the split
-            into batches do not matter.
-        likelihood: Gives Λ.
-
-    Returns:
-        The sums, in float64.
-
-    Raises:
-        ValueError: If there is no batch, or a batch's targets are bad.
-
-    Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
-    (Deng et al., 2022), eq. 13, https://arxiv.org/abs/2210.12642
-    """
-    total: TrainingSums | None = None
-    for prior, y in parts:
-        y = likelihood.check(y, prior.mean.shape[1])
-        part = TrainingSums.of(prior, y, likelihood)
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("No data: expected at least one batch.")
-    return total
 
 
 @dataclass(frozen=True)

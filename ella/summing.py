@@ -11,7 +11,6 @@ from ella.fitted import Features, Sums
 from ella.inputs import Inputs, slices, take
 from ella.likelihoods import Likelihood
 from ella.posterior import TrainingSums
-from ella.predictive import LogitGaussian
 from ella.saving import State
 from ella.seen import Seen
 
@@ -22,7 +21,12 @@ NAME = "sums"
 
 @dataclass(frozen=True)
 class Summing:
-    """Sums everything over batches.
+    r"""Sums :math:`G = \sum_i φ(x_i)^\top Λ_i φ(x_i)`, and what goes with it, over data.
+
+    The order of the data and the split into batches do not matter, but for rounding.
+
+    Reference: Accelerated Linearized Laplace Approximation for Bayesian Deep Learning
+    (Deng et al., 2022), eq. 13, https://arxiv.org/abs/2210.12642
 
     Attributes:
         features: What is summed.
@@ -77,10 +81,7 @@ class Summing:
             prior, stages = self.features(take(x, part))
             checked = self.likelihood.check(y[part], prior.mean.shape[1])
             activations = None if stages is None else ActivationSums.of(stages)
-            yield Sums(self._training(prior, checked), activations)
-
-    def _training(self, prior: LogitGaussian, y: Tensor) -> TrainingSums:
-        return TrainingSums.of(prior, y, self.likelihood)
+            yield Sums(TrainingSums.of(prior, checked, self.likelihood), activations)
 
     def _before(self) -> tuple[Sums | None, int, str]:
         """What was summed before, over how many batches, and their digest."""
