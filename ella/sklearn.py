@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ella.batches import Batches, Loader
+from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
 from ella.estimator import ELLA
 from ella.inputs import slices
@@ -76,6 +77,7 @@ class ELLAClassifier(ClassifierMixin, BaseEstimator):
             where the Jacobian at the examples spans fewer directions, as for small modules; the
             number is `ella_.eigenfunctions.rank`.
         prior_precision: As for `ELLA`.
+        distance: As for `ELLA`.
         validation: What `ELLA.calibrate` gets, which must be examples that the module was not
             trained on. A share in (0, 1) of those given to `fit`, stratified (each class keeps
             at least one to train on) and lost to training; a pair (X, y), which no step of a
@@ -104,6 +106,7 @@ class ELLAClassifier(ClassifierMixin, BaseEstimator):
         likelihood: str | Likelihood | None = None,
         eigenfunctions: EigenfunctionMethod | None = None,
         prior_precision: float | None = None,
+        distance: Distance | None = None,
         validation: float | tuple[ArrayLike, ArrayLike] | str | None = "auto",
         batch_size: int = 256,
         random_state: int | np.random.RandomState | None = 0,
@@ -113,6 +116,7 @@ class ELLAClassifier(ClassifierMixin, BaseEstimator):
         self.likelihood = likelihood
         self.eigenfunctions = eigenfunctions
         self.prior_precision = prior_precision
+        self.distance = distance
         self.validation = validation
         self.batch_size = batch_size
         self.random_state = random_state
@@ -262,6 +266,7 @@ class ELLAClassifier(ClassifierMixin, BaseEstimator):
             if self.eigenfunctions is None
             else self.eigenfunctions,
             prior_precision=self.prior_precision,
+            distance=self.distance,
             seed=seed,
             progress=self.progress,
         ).fit(pairs)

@@ -417,6 +417,7 @@ def test_the_module_is_left_as_it_is():
         ({"validation": 0.001}, ValueError, "`validation`=0.001 of 90.*holds out none"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be an integer above 0; got 0"),
         ({"prior_precision": -1.0}, ValueError, "`prior_precision` must be"),
+        ({"distance": 0.1}, TypeError, "`distance` must be a Distance"),
     ],
 )
 def test_errors_name_the_argument(settings, error, message):
