@@ -27,6 +27,9 @@ from ella.likelihoods import Likelihood
 from ella.predictive import Link, LogitGaussian
 from ella.processes import Processes
 
+NO_DISTANCE = 1e-6
+"""Mean fourth power of distances, which is about 1, below which they are rounding."""
+
 LOG_ODDS = 1.0
 """Of a posterior against none, before any validation data, in nats."""
 
@@ -197,6 +200,8 @@ class Search:
         if outside is None:
             return tuning
         means = self.score.mean(gaussian.variance().mean(-1)), self.score.mean(outside)
+        if means[1] < NO_DISTANCE:  # nothing moves: there is no unit to measure distances in
+            return tuning
         wider = replace(self, distance_scale=share * means[0] / means[1])
         found = wider.run(precisions)
         losses = self.losses_at(tuning.hyperparameters)

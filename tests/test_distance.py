@@ -336,3 +336,11 @@ def test_wide_stages_are_folded():
     ella.hyperparameters = replace(ella.hyperparameters, distance_scale=0.2)
     module = ella.predictive_module(16)
     torch.testing.assert_close(module(x).probabilities, ella.predict_proba(x, n_samples=16))
+
+
+def test_data_that_are_all_alike_have_no_distance(model):
+    x = torch.ones(30, 4, dtype=torch.float64)
+    ella = ELLA(model, eigenfunctions=LastLayer(), distance=Distance(), **QUIET)
+    ella.fit([(x, torch.arange(30) % CLASSES)]).calibrate([(x, torch.arange(30) % CLASSES)])
+    assert ella.hyperparameters.distance_scale == 0
+    assert torch.isfinite(ella.predict_proba(normal(3, 4))).all()
