@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ella.activations import FeatureTaps, Tap
 from ella.eigenfunctions.directions import folded, random_signs
-from ella.inputs import Inputs
+from ella.inputs import Inputs, check_positive
 from ella.processes import Processes
 from ella.saving import State
 
@@ -55,8 +55,7 @@ class Distance:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
+            check_positive(name, value)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,19 @@ class Processes:
     Args:
         group: A group of `torch.distributed`; None takes that of all processes if
             `init_process_group` was called, and else this process alone.
+
+    Raises:
+        ValueError: If a group is given before `init_process_group`.
     """
 
     def __init__(self, group: Any = None) -> None:  # noqa: ANN401 - it differs with the backend
         self.group = group
         active = dist.is_available() and dist.is_initialized()
+        if group is not None and not active:
+            raise ValueError(
+                f"`process_group` is {group!r}, but torch.distributed is not initialised. Call "
+                f"init_process_group first, or leave it out to work in one process."
+            )
         self.size = dist.get_world_size(group) if active else 1
         self.rank = dist.get_rank(group) if active else 0
 

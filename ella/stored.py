@@ -192,6 +192,10 @@ class Stored(Predictor):
         """That of a fit: of this model, these settings, this process's data."""
         if folder is None:
             return Checkpoint()
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(
+                f"`checkpoint` must be the path of a folder; got {type(folder).__name__}."
+            )
         first, processes = batches.first(), batches.processes
         about: dict[str, Json] = {
             "model": self.network.fingerprint(),

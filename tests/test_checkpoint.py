@@ -177,6 +177,11 @@ def test_fewer_batches_than_were_summed_are_refused(tmp_path):
         estimator().fit(batches[:30], checkpoint=tmp_path)
 
 
+def test_a_number_is_no_folder():
+    with pytest.raises(TypeError, match="`checkpoint` must be the path of a folder; got int"):
+        estimator().fit(loader(*data()), checkpoint=3)
+
+
 def test_a_damaged_part_is_an_error(tmp_path):
     Checkpoint(tmp_path, "a").keep("part", State({"x": torch.ones(3)}))
     path = tmp_path / "part.ella"

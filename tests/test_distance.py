@@ -283,10 +283,10 @@ def test_links_see_all_of_the_variance(link):
     torch.testing.assert_close(link(joined), link(as_residual).expand(2, 2))
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "big"])
 @pytest.mark.parametrize("name", ["share", "ridge"])
 def test_bad_settings(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` must be"):
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
         Distance(**{name: value})
 
 

@@ -238,3 +238,9 @@ def test_one_process_alone():
     assert processes.extent(5) == (0, 5)
     with pytest.raises(ValueError, match="empty in every process"):
         processes.joined(None, value.device)
+
+
+def test_a_group_of_nobody():
+    ella = ELLA(model(), eigenfunctions=NEURAL, process_group="gloo", **QUIET)
+    with pytest.raises(ValueError, match="`process_group` is 'gloo', but torch"):
+        ella.fit(loader(*data()))
