@@ -207,8 +207,9 @@ def distance_table(results: Mapping[str, Any]) -> str:
     """A line for each network and method."""
     rows = results["rows"]
     sources = [key.removeprefix("entropy ") for key in rows[0] if key.startswith("entropy ")]
-    titles = ["network", "method", "NLL", "ECE", "AURC · 10³", "AUROC, mean", *sources]
-    titles += ["variance's AUROC", "energy's AUROC", "NLL, shift", "ECE, shift"]
+    titles = ["network", "method", "NLL", "ECE", "AURC · 10³", "of p-norm"]
+    titles += ["AUROC, mean", *sources, "of variance", "of D", "of energy", "corrected energy"]
+    titles += ["NLL, shift", "ECE, shift"]
     titles += ["corruptions of 11 below t. s. in NLL", "in ECE", "predict × forward"]
     lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2)]
     for arch in dict.fromkeys(row["arch"] for row in rows):
@@ -251,9 +252,10 @@ def _line(
 
     return [
         *(arch, name, f"{mean(found, ['nll']):.4f}", f"{mean(found, ['ece']):.4f}"),
-        *(f"{1e3 * mean(found, ['aurc']):.2f}", auroc_of("entropy")),
+        *(f"{1e3 * mean(found, [key]):.2f}" for key in ("aurc", "aurc max_logit_p_norm")),
+        auroc_of("entropy"),
         *(f"{mean(found, [f'entropy {source}']):.3f}" for source in sources),
-        *(auroc_of("logit_variance"), auroc_of("energy")),
+        *map(auroc_of, ("logit_variance", "distance", "energy", "corrected_energy")),
         *(f"{mean(found, [*chain(*shift(measure))]):.4f}" for measure in ("nll", "ece")),
         *(below("nll"), below("ece"), f"{mean(found, ['predict_ratio']):.3f}"),
     ]
