@@ -30,6 +30,9 @@ from ella.processes import Processes
 NO_DISTANCE = 1e-6
 """Mean fourth power of distances, which is about 1, below which they are rounding."""
 
+SHIFTED_WEIGHT = 0.03
+"""Of the negative log-likelihood of shifted validation data, beside that of those as they are."""
+
 LOG_ODDS = 1.0
 """Of a posterior against none, before any validation data, in nats."""
 
@@ -137,6 +140,7 @@ class Search:
         y: Targets that it has checked.
         link: How outputs become predictions.
         distance_scale: s, multiplies the distance term.
+        shifted: The same on data that are shifted, whose likelihood counts a little.
         initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
         processes: Who has the other validation data; None if nobody has.
         counts: Whether these data count, or are there only to compute along.
@@ -147,6 +151,7 @@ class Search:
     y: Tensor
     link: Link
     distance_scale: float = 0.0
+    shifted: "Search | None" = None
     initial_scale: float = 1.0
     processes: Processes | None = None
     counts: bool = True
@@ -180,7 +185,13 @@ class Search:
             edges=self._edges(chosen.mean, precisions),
         )
 
-    def with_distance(self, tuning: Tuning, precisions: list[float], share: float) -> Tuning:
+    def with_distance(
+        self,
+        tuning: Tuning,
+        precisions: list[float],
+        share: float,
+        shifted: "Search | None" = None,
+    ) -> Tuning:
         """Search again with a distance term, and take it unless it costs too much likelihood.
 
         Its scale makes it `share` of the variance of the outputs that the posterior gives, on
@@ -192,6 +203,7 @@ class Search:
             tuning: What was found without it.
             precisions: See `run`.
             share: ρ.
+            shifted: On shifted data, which show how much T and τ should leave to the term.
         """
         if tuning.posterior is None or share == 0:
             return tuning
@@ -202,12 +214,17 @@ class Search:
         means = self.score.mean(gaussian.variance().mean(-1)), self.score.mean(outside)
         if means[1] < NO_DISTANCE:  # nothing moves: there is no unit to measure distances in
             return tuning
-        wider = replace(self, distance_scale=share * means[0] / means[1])
+        wider = replace(self, distance_scale=share * means[0] / means[1], shifted=shifted)
         found = wider.run(precisions)
+        if shifted is not None:  # what it reached on both is not what it reached here
+            nll = self.score.mean(wider.losses_at(found.hyperparameters))
+            found = replace(found, nll=nll)
         losses = self.losses_at(tuning.hyperparameters)
         spread = self.score.mean(losses.square()) - self.score.mean(losses) ** 2
         error = math.sqrt(max(spread, 0.0) / max(self.num_examples - 1, 1))
-        return found if found.nll <= tuning.nll + error else tuning
+        if found.nll > tuning.nll + error:
+            return tuning
+        return replace(found, map_nll=tuning.map_nll, scaled_nll=tuning.scaled_nll)
 
     def losses_at(self, chosen: Hyperparameters) -> Tensor:
         """Losses of the examples at chosen hyperparameters."""
@@ -229,10 +246,10 @@ class Search:
 
     def without_posterior(self, precision: float) -> tuple[float, Belief]:
         """The negative log-likelihood of the MAP, and temperature scaling."""
-        losses = self.likelihood.losses(self._gaussian_at(precision), self.y, self.link)
+        objective = self._objective(precision)
 
         def nll(logs: Logs) -> float:
-            return self.score.mean(losses(0.0, math.exp(logs[0])))
+            return objective(0.0, math.exp(logs[0]))
 
         origin = (math.log(self.initial_scale),)
         map_nll = nll(origin)
@@ -292,9 +309,22 @@ class Search:
 
     def _nll_at(self, precision: float) -> Function:
         """(log T, log scale) ↦ validation negative log-likelihood an example, at one δ."""
+        objective = self._objective(precision)
+        return lambda logs: objective(math.exp(logs[0]), math.exp(logs[1]))
+
+    def _objective(self, precision: float) -> Callable[[float, float], float]:
+        """(T, scale) ↦ negative log-likelihood an example, with a share of that under shift."""
         gaussian = self._gaussian_at(precision).compressed()
         losses = self.likelihood.losses(gaussian, self.y, self.link)
-        return lambda logs: self.score.mean(losses(math.exp(logs[0]), math.exp(logs[1])))
+        if self.shifted is None:
+            return lambda temperature, scale: self.score.mean(losses(temperature, scale))
+        other = replace(self.shifted, distance_scale=self.distance_scale)._objective(precision)
+
+        def both(temperature: float, scale: float) -> float:
+            own = self.score.mean(losses(temperature, scale))
+            return own + SHIFTED_WEIGHT * other(temperature, scale)
+
+        return both
 
     @property
     def _hyperprior(self) -> "Hyperprior":
@@ -328,8 +358,8 @@ class Search:
             nll = self._nll_at(chosen.precision)
             if any(nll((end, scale)) <= chosen.nll for end in (-REACH, REACH)):
                 found.append("temperature")
-        losses = self.likelihood.losses(self._gaussian_at(chosen.precision), self.y, self.link)
-        ends = (self.score.mean(losses(0.0, self.initial_scale * end)) for end in (low, high))
+        objective = self._objective(chosen.precision)
+        ends = (objective(0.0, self.initial_scale * end) for end in (low, high))
         if any(end <= chosen.nll for end in ends):
             found.append(self.likelihood.scale)
         return tuple(found)

@@ -79,7 +79,12 @@ class Predictive(ABC):
         """Where inputs must be."""
 
     def calibrate(
-        self, val_loader: Loader, *, link: str | Link = "mc", n_samples: int = 64
+        self,
+        val_loader: Loader,
+        *,
+        link: str | Link = "mc",
+        n_samples: int = 64,
+        shifted: Loader | None = None,
     ) -> "Self":
         """Choose (δ, T, τ), or (δ, T, σ²) for regression, by validation likelihood × hyperprior.
 
@@ -94,6 +99,8 @@ class Predictive(ABC):
                 randomly cropped training images are the published substitute.
             link: How outputs become predictions: "mc", "probit", "bridge" or a `Link`.
             n_samples: Draws for "mc".
+            shifted: The same data, or others, as they may come in use: turned, noisy, cut. With a
+                distance term a share of their likelihood counts, too; without one they do not.
 
         Raises:
             NotFittedError: Before `fit`.
@@ -104,14 +111,28 @@ class Predictive(ABC):
         if not self._tunable:
             return self
         chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
-        tuning = self._searched(val_loader, chosen, fitted.noise_variance)
+        tuning = self._searched(val_loader, chosen, fitted.noise_variance, shifted)
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
         self._warn_of_edges(tuning)
         return self
 
-    def _searched(self, val_loader: Loader, link: Link, noise_variance: float) -> Tuning:
+    def _searched(
+        self, val_loader: Loader, link: Link, noise_variance: float, shifted: Loader | None
+    ) -> Tuning:
         """Evaluate validation data once, and search on the result."""
-        with self._labelled_batches(val_loader).named() as batches:
+        evaluation, search = self._search(val_loader, link, noise_variance)
+        variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64)
+        precisions = self._precisions(evaluation, search.score.mean(variance.to(search.y.device)))
+        share, other = self._distance_share, None
+        if shifted is not None and share > 0:
+            _, other = self._search(shifted, link, noise_variance)
+        return search.with_distance(search.run(precisions), precisions, share, other)
+
+    def _search(
+        self, loader: Loader, link: Link, noise_variance: float
+    ) -> tuple[Evaluation, Search]:
+        """On one set of labelled data, of which this process may have a part, or none."""
+        with self._labelled_batches(loader).named() as batches:
             found = self._evaluate_loader(batches)
             processes = batches.processes
         # Without data of its own a process computes along with one example that does not count.
@@ -130,9 +151,7 @@ class Predictive(ABC):
         )
         if search.num_examples == 0:
             raise ValueError("No label of the validation data counts: all are ignored.")
-        variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64, device=y.device)
-        precisions = self._precisions(evaluation, search.score.mean(variance))
-        return search.with_distance(search.run(precisions), precisions, self._distance_share)
+        return evaluation, search
 
     def predict_proba(
         self,

@@ -5,7 +5,9 @@
 The published CIFAR-10 networks, protocol B: tuned on 2,000 test images, tested on the others, over
 `--seeds` draws of them. ELLA (NeuralEF, diagonal residual) is fitted once for each network, with
 activation distances; with and without the term it has the same eigenfunctions. "temperature
-scaling + D" has the same term, at the same scale, beside no posterior, and a τ of its own. Scores
+scaling + D" has the same term, at the same scale, beside no posterior, and a τ of its own.
+"perturbed" is tuned on copies of the images, too, each changed in a way that is none of the tested
+corruptions. Scores
 of out-of-distribution inputs are entropies; "energy" is that of the mean logits. Writes
 distance.json after each network, and goes on where it was stopped.
 """
@@ -21,6 +23,7 @@ import torch
 from _corruptions import CORRUPTIONS
 from _images import Data
 from _models import checkpoint_path, load_model
+from _perturb import perturbed
 from _report import earlier_rows, forward_ratio, pipes, save_results
 from _settings import Common, option, parsed, recorded
 from _suite import NUM_VAL
@@ -78,6 +81,13 @@ def plain(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
     return method
 
 
+def with_perturbed(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+    """The same, perturbed copies of the images beside them: the second half of what it knows."""
+    copies = rows + len(method) // 2
+    method.calibrate([(rows, labels)], shifted=[(copies, labels)])
+    return method
+
+
 def without_posterior(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
     """The term at the scale that the rule gives it, no posterior, and the best τ beside it."""
     method.calibrate([(rows, labels)])
@@ -111,6 +121,7 @@ def fitted_methods(
         "temperature scaling + D": (with_term, without_posterior),
         "ELLA": (without, plain),
         "ELLA + D": (with_term, plain),
+        "ELLA + D, perturbed": (with_term, with_perturbed),
     }
 
 
@@ -120,8 +131,11 @@ def rows_of(
     """All measures of one network, a row for each method and seed."""
     methods = fitted_methods(model, data, settings)
     labels, batch = data.test.y, data.test.x[:256]
+    mean_, std = (torch.tensor(v).view(3, 1, 1) for v in (data.task.mean, data.task.std))
+    changed = (perturbed((data.test.x * std + mean_).clamp(0, 1)) - mean_) / std
     for name, (fitted, tune) in methods.items():
-        test = fitted.evaluated(data.test.loader())
+        both = torch.cat([data.test.x, changed])
+        test = fitted.evaluated(both.split(250))
         outside = {k: fitted.evaluated(images.loader()) for k, images in data.ood.items()}
         shifted = {
             f"{kind} {severity}": (fitted.evaluated(images.loader()), images.y)
@@ -136,8 +150,8 @@ def rows_of(
                 repeats=5,
             )
         for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
-            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-            count = min(NUM_VAL, len(test) // 4)
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+            count = min(NUM_VAL, len(labels) // 4)
             tuned = tune(test.copied(), order[:count], labels[order[:count]])
             yield {
                 "arch": arch,

@@ -344,3 +344,35 @@ def test_data_that_are_all_alike_have_no_distance(model):
     ella.fit([(x, torch.arange(30) % CLASSES)]).calibrate([(x, torch.arange(30) % CLASSES)])
     assert ella.hyperparameters.distance_scale == 0
     assert torch.isfinite(ella.predict_proba(normal(3, 4))).all()
+
+
+def test_shifted_data_count_a_little(model):
+    """The search minimises NLL(val) + .03 · NLL(shifted); what it reports is NLL(val)."""
+    x, far = normal(200, 4, seed=6), 3 * normal(200, 4, seed=9)
+    y = labels(x)
+    y[:30] = y[:30].roll(1)
+    shifted = batches(far, labels(far).roll(7))
+    plain = fitted(model).calibrate(batches(x, y))
+    ella = fitted(model).calibrate(batches(x, y), shifted=shifted)
+    scale = plain.hyperparameters.distance_scale
+    assert ella.hyperparameters.distance_scale == pytest.approx(scale)
+    assert scale > 0
+
+    def nll(method, x, y):
+        probs = method.predict_proba(x)
+        return -probs.gather(1, y.unsqueeze(1)).log().mean().item()
+
+    def objective(method):
+        return nll(method, x, y) + 0.03 * nll(method, far, labels(far).roll(7))
+
+    assert nll(ella, x, y) == pytest.approx(ella.tuning.nll, rel=1e-6)
+    assert objective(ella) < objective(plain) + 1e-4
+    assert nll(ella, far, labels(far).roll(7)) < nll(plain, far, labels(far).roll(7))
+
+
+def test_shifted_data_change_nothing_without_the_term(model):
+    x = normal(100, 4, seed=6)
+    val = batches(x, labels(x).roll(1))
+    plain = fitted(model, distance=None).calibrate(val)
+    other = fitted(model, distance=None).calibrate(val, shifted=batches(3 * x))
+    assert plain.tuning == other.tuning
