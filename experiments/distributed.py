@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     device = together.network.device
     apart = (together.predict_proba(x.to(device)).cpu() - one.predict_proba(x)).abs().max().item()
     if rank == 0:
-        count = together._fit.sums.num_examples if together._fit else 0
-        print(f"{settings.launcher}, {dist.get_world_size()} processes: {count} examples")
+        count = together.tuning.num_examples if together.tuning else 0
+        print(f"{settings.launcher}, {dist.get_world_size()} processes, calibrated on {count}")
         print(f"  together {seconds:.1f} s, alone {alone_seconds:.1f} s")
         print(f"  {together.hyperparameters}\n  {one.hyperparameters}")
         print(f"  largest difference of a probability: {apart:.1e}")

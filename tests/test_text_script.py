@@ -142,7 +142,7 @@ def test_smoke(minilm, tmp_path, monkeypatch, capsys):
     for row in rows:
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["auroc energy"] <= 1
-    assert capsys.readouterr().out.count("| method | accuracy | NLL") == 2 + 5
+    assert capsys.readouterr().out.count("| method | accuracy | NLL") == 2 + 6
     traces = json.loads((tmp_path / "text-kernel.json").read_text())["rows"]
     assert len(traces) == 25 + 20
     assert all(row["trace"] > 0 for row in traces)
