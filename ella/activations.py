@@ -1,6 +1,6 @@
 """Frozen features of a classifier, read off during its own forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,11 +184,7 @@ class FeatureTaps:
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Logits (n, c) and features (n, d): every tap, then the logits."""
         logits, pooled = self.each(x)
-        read = [
-            pooled[i] if i in pooled else nothing_read(tap, logits)
-            for i, tap in enumerate(self.taps)
-        ]
-        return logits, torch.cat([*read, logits], dim=1)
+        return logits, torch.cat([*all_read(self.taps, pooled, logits), logits], dim=1)
 
     def each(self, x: Inputs) -> tuple[Tensor, dict[int, Tensor]]:
         """Logits, and what was read by every tap whose module ran."""
@@ -216,12 +212,16 @@ class FeatureTaps:
         return self.network(x, readers), pooled
 
 
-def nothing_read(tap: Tap, logits: Tensor) -> Tensor:
-    """What stands for activations of a module that a forward pass left out.
+def all_read(taps: Sequence[Tap], pooled: Mapping[int, Tensor], logits: Tensor) -> list[Tensor]:
+    """What every tap read, by its number; zeros where a forward pass left its module out.
 
     Raises:
-        ValueError: If a file of version 0.1 does not say how many they are.
+        ValueError: If a file of version 0.1 does not say how many.
     """
+    return [pooled[i] if i in pooled else _nothing(tap, logits) for i, tap in enumerate(taps)]
+
+
+def _nothing(tap: Tap, logits: Tensor) -> Tensor:
     if tap.width is None:
         raise ValueError(
             f"The model left out its module {tap.module!r}, whose activations are needed. Fit "

@@ -70,6 +70,7 @@ class Batches:
         self.processes = Processes() if processes is None else processes
         self.checkpoint = Checkpoint()
         self._number: int | None = None
+        self._first: tuple[Inputs, Tensor] | None = None
 
     def labelled(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches (x, y).
@@ -102,10 +103,11 @@ class Batches:
             yield self._admitted(self._split(batch, labels=False)[0])[0]
 
     def first(self) -> tuple[Inputs, Tensor] | None:
-        """The first labelled batch; None if it is other processes that have the data."""
-        found = next(self.labelled(), None)
-        self.end()
-        return found
+        """The first labelled batch, read once; None if other processes have all of the data."""
+        if self._first is None:
+            self._first = next(self.labelled(), None)
+            self.end()
+        return self._first
 
     def end(self) -> None:
         """Errors that follow are not about the batch that came last."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ella.inputs import Inputs, input_tensors, model_inputs
+from ella.processes import Processes
 from ella.saving import Json, State, read, write
 
 SUFFIX = ".ella"
@@ -43,6 +44,13 @@ class Checkpoint:
         """
         path = self._path(name)
         return None if path is None or not path.exists() else self._read(path).to(device)
+
+    def kept_by_all(
+        self, name: str, processes: Processes, device: torch.device | str
+    ) -> State | None:
+        """A part, if every process has its own: else all compute it together, once more."""
+        state = self.kept(name, device)
+        return state if all(processes.each(state is not None)) else None
 
     def keep(self, name: str, state: State) -> None:
         """Write a part, atomically."""

@@ -146,9 +146,11 @@ class Stages:
 
     Attributes:
         taps: Read the ends of stages, from a forward pass of their own.
+        ridge: ε of the distance that is taken of them.
     """
 
     taps: FeatureTaps
+    ridge: float
     _signs: dict[torch.device, Mapping[int, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )

@@ -172,8 +172,7 @@ class ELLA(Stored):
         seen = Seen()
         sums = self._sums(features, train_loader, seen, kept)
         self._hint_about_labels(seen)
-        ridge = 1.0 if self.distance is None else self.distance.ridge
-        fit = Fit.of(features, sums, ridge, linearized.trainable)
+        fit = Fit.of(features, sums, linearized.trainable)
         precision = self.prior_precision
         if precision is None:
             precision = fit.sums.unit_precision()
@@ -323,7 +322,8 @@ class ELLA(Stored):
             return None
         first = batches.first()
         taps = None if first is None else stage_ends(self.network, first[0])
-        found = Stages(FeatureTaps(self.network, batches.processes.agreed(taps)))
+        read = FeatureTaps(self.network, batches.processes.agreed(taps))
+        found = Stages(read, self.distance.ridge)
         if not found.taps.taps:
             raise ValueError(
                 "`distance` needs activations that follow the batch, example by example, and the "
@@ -357,8 +357,8 @@ class ELLA(Stored):
         self, linearized: Linearized, batches: Batches, checkpoint: Checkpoint
     ) -> Eigenfunctions:
         """Fitted, or as they were fitted before."""
-        state = checkpoint.kept("eigenfunctions", self._device)
-        if all(batches.processes.each(state is not None)) and state is not None:
+        state = checkpoint.kept_by_all("eigenfunctions", batches.processes, self._device)
+        if state is not None:
             return self.eigenfunctions.restore(
                 self.network,
                 state,

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ella.activations import FeatureTaps, Tap, first_tensor, nothing_read
+from ella.activations import FeatureTaps, Tap, all_read, first_tensor
 from ella.distance import ActivationDistance, Stages, combined
 from ella.eigenfunctions.neural_features import NeuralFeatures
 from ella.fitted import Fit
 from ella.hyperparameters import Hyperparameters
 from ella.inputs import MASK_KEY, input_tensors
 from ella.likelihoods import Discrete
-from ella.network import Network
-from ella.outputs import find_logits
+from ella.network import Network, called
+from ella.outputs import as_rows
 from ella.posterior import DISTANCE_POWER
-from ella.predictive import MonteCarlo, standard_normals
+from ella.predictive import LogitGaussian, MonteCarlo, standard_normals
 from ella.wrappers import clean
 
 UNROLLED = 16
@@ -136,29 +136,20 @@ class _Reading(nn.Module):
         self.store.values.clear()
         self.store.mask = x.get(MASK_KEY) if isinstance(x, dict) else None
         self.store.count = input_tensors(x)[0].shape[0]
-        found = find_logits(self._returned(x), self.output)
-        logits = found.unsqueeze(-1) if found.ndim == 1 else found
+        logits = as_rows(called(self.model, x, self.output), x)
         if logits.ndim != 2:
             raise ValueError(
                 f"A PredictiveModule is for outputs (n, c); the model gives {tuple(logits.shape)}."
             )
         if logits.dtype.itemsize < 4:
             logits = logits.float()
-        read = [
-            self.store.values[i] if i in self.store.values else nothing_read(tap, logits)
-            for i, tap in enumerate(self.taps)
-        ]
+        read = all_read(self.taps, self.store.values, logits)
         activations = torch.cat([*read[: self.width], logits], dim=1)
         if self.distance is None or self.stages is None:
             return logits, activations, None
         signs = {width: getattr(self, f"signs_{width}") for width in self.folded}
         stages = self.stages.split(torch.cat(read, dim=1), self.taps, signs)
         return logits, activations, self.distance(stages)
-
-    def _returned(self, x: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> object:
-        if isinstance(x, dict):
-            return self.model(**x)
-        return self.model(*x) if isinstance(x, tuple) else self.model(x)
 
 
 class _Store:
@@ -220,7 +211,7 @@ class _Posterior(nn.Module):
         self.logit_temperature, self.distance_scale = at.logit_temperature, at.distance_scale
         self.residual_scale = at.temperature / at.logit_temperature**2 / at.prior_precision
         self.certain = at.temperature == 0 and at.distance_scale == 0
-        mixing = features.basis.mixing * features.basis.eigenvalues.clamp_min(0).sqrt()
+        mixing = features.basis.folded
         scale = math.sqrt(at.temperature) / at.logit_temperature
         whitened = fit.posterior.whitening(at.prior_precision).to(mixing.device)
         self.register_buffer("mix", (mixing.double() @ whitened * scale).to(mixing))
@@ -235,19 +226,14 @@ class _Posterior(nn.Module):
         self, psi: Tensor, residual: Tensor | None, distance: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Deviations of draws (s, c, n), and marginal variances (n, c)."""
-        factor = psi @ self.mix
-        outside = None if residual is None else residual * self.residual_scale
+        scaled = None if residual is None else residual * self.residual_scale
+        beside = None
         if distance is not None and self.distance_scale > 0:
-            beside = (self.distance_scale * distance**DISTANCE_POWER).unsqueeze(1)
-            eye = torch.eye(self.num_outputs, dtype=psi.dtype, device=psi.device)
-            full = outside is not None and outside.ndim == 3
-            beside = beside.unsqueeze(2) * eye if full else beside.expand(-1, self.num_outputs)
-            outside = beside if outside is None else outside + beside
-        variance = factor.square().sum(-1)
-        if outside is not None:
-            full = outside.ndim == 3
-            variance = variance + (outside.diagonal(dim1=1, dim2=2) if full else outside)
-        return self._deviations(factor, outside), variance
+            beside = self.distance_scale * distance**DISTANCE_POWER
+        factor = psi @ self.mix
+        # The mean does not matter here, but has the shape of the variances.
+        gaussian = LogitGaussian(factor[..., 0], factor, scaled, beside).settled()
+        return self._deviations(factor, gaussian.residual), gaussian.variance()
 
     def responses(self, logits: Tensor, deviations: Tensor) -> Tensor:
         """The response at each draw, (s, c, n); at the mean alone where nothing is uncertain."""

@@ -109,17 +109,17 @@ class Fit:
     trainable: tuple[str, ...]
 
     @classmethod
-    def of(cls, features: Features, sums: Sums, ridge: float, trainable: tuple[str, ...]) -> "Fit":
+    def of(cls, features: Features, sums: Sums, trainable: tuple[str, ...]) -> "Fit":
         """With what follows from the sums."""
         posterior = GaussianPosterior.from_curvature(sums.training.curvature)
-        known = sums.activations
-        distance = None if known is None else ActivationDistance(known, ridge)
+        stages, known, distance = features.stages, sums.activations, None
+        if stages is not None and known is not None:
+            distance = ActivationDistance(known, stages.ridge)
         return cls(features, sums, posterior, distance, trainable)
 
     def with_sums(self, sums: Sums) -> "Fit":
         """The same with other sums."""
-        ridge = 1.0 if self.distance is None else self.distance.ridge
-        return Fit.of(self.features, sums, ridge, self.trainable)
+        return Fit.of(self.features, sums, self.trainable)
 
     @property
     def eigenfunctions(self) -> Eigenfunctions:
@@ -180,11 +180,11 @@ class Fit:
                 f"{found.rank}"
             )
         if ridge is None:
-            return cls.of(Features(found), sums, 1.0, trainable)
+            return cls.of(Features(found), sums, trainable)
         part = state.part("distance")
-        stages = Stages(FeatureTaps(network, restored_taps(part)))
+        stages = Stages(FeatureTaps(network, restored_taps(part)), ridge)
         sums = replace(sums, activations=ActivationSums.restore(part))
-        return cls.of(Features(found, stages), sums, ridge, trainable)
+        return cls.of(Features(found, stages), sums, trainable)
 
 
 def _difference(own: Iterable[str], fitted: Iterable[str]) -> str:

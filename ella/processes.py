@@ -8,6 +8,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+NO_DATA = "The loader is empty in every process: expected at least one batch."
+
 
 class Processes:
     """The processes whose loaders together yield the data, each its own part, which may be empty.
@@ -59,7 +61,7 @@ class Processes:
         for each in self.each(value):
             if each is not None:
                 return each
-        raise ValueError("The loader is empty in every process: expected at least one batch.")
+        raise ValueError(NO_DATA)
 
     def extent(self, count: int) -> tuple[int, int]:
         """Where this process's examples begin among those of all, and how many all are."""
@@ -86,5 +88,5 @@ class Processes:
                 dist.broadcast(part, source, group=self.group)
                 parts.append(part)
         if not parts:
-            raise ValueError("The loader is empty in every process: expected at least one batch.")
+            raise ValueError(NO_DATA)
         return torch.cat(parts)

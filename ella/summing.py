@@ -95,8 +95,6 @@ class Summing:
         return Sums(training, activations), state.integer("batches"), state.text("digest")
 
     def _keep(self, total: Sums, batches: int, digest: str) -> None:
-        if self.checkpoint.folder is None:
-            return
         parts = {"training": total.training.state()}
         if total.activations is not None:
             parts["activations"] = total.activations.state()

@@ -29,7 +29,7 @@ from _report import (
 from _settings import Common, option, parsed, recorded
 from torch import Tensor
 
-from ella import ELLA, Categorical, LastLayer, NeuralEF, Predictor, Training
+from ella import ELLA, Categorical, LastLayer, NeuralEF, Predictor, Training, entropy
 from ella.baselines import MAP, TemperatureScaling
 from ella.metrics import auroc, evaluate
 
@@ -91,18 +91,13 @@ def predicted(fitted: Predictor, batches: Batches, ignored: int) -> tuple[Tensor
     return torch.cat(probs), torch.cat(labels)
 
 
-def entropies(probs: Tensor) -> Tensor:
-    """Of each row, in nats."""
-    return torch.special.entr(probs).sum(-1)
-
-
 def row_of(make: Callable[[], Predictor], task: DenseTask) -> dict[str, Any]:
     """One method: fitted, tuned, scored."""
     fitted, seconds = timed(lambda: make().fit(task.train))
     fitted.calibrate(task.val)
     probs, labels = predicted(fitted, task.test, task.ignored)
     outside, _ = predicted(fitted, task.outside, task.ignored)
-    uncertain, wrong = entropies(probs), probs.argmax(1) != labels
+    uncertain, wrong = entropy(probs), probs.argmax(1) != labels
     x, _ = task.test[0]
     with torch.no_grad():
         ratio = forward_ratio(
@@ -113,7 +108,7 @@ def row_of(make: Callable[[], Predictor], task: DenseTask) -> dict[str, Any]:
     return {
         **evaluate(probs, labels),
         "wrong": auroc(uncertain[~wrong], uncertain[wrong]),
-        "outside": auroc(uncertain, entropies(outside)),
+        "outside": auroc(uncertain, entropy(outside)),
         "fit_seconds": seconds,
         "predict_ratio": ratio,
         "state_bytes": fitted.state_bytes,

@@ -127,8 +127,8 @@ def find_directions(
     seed = int(torch.randint(2**31, (1,), generator=generator))
     signs = random_signs(p, seed, linearized.device)
     processes, checkpoint = batches.processes, batches.checkpoint
-    state = checkpoint.kept("sample-directions", linearized.device)
-    if all(processes.each(state is not None)) and state is not None:
+    state = checkpoint.kept_by_all("sample-directions", processes, linearized.device)
+    if state is not None:
         generator.set_state(state.tensors["generator"].cpu())
         return Directions(signs, state.tensor("axes", (size, None)))
     sketches = _sampled_sketches(linearized, inputs, signs, size, generator, processes)

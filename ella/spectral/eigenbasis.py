@@ -42,14 +42,14 @@ class Eigenbasis:
 
     def scaled(self, psi: Tensor) -> Tensor:
         """`features` from values of the network that are known already, in one product."""
-        return psi @ self._folded.to(psi)
+        return psi @ self.folded.to(psi)
 
     def to(self, like: Tensor) -> "Eigenbasis":
         """The same network with A and μ in the dtype, and on the device, of a tensor."""
         return Eigenbasis(self.network, self.mixing.to(like), self.eigenvalues.to(like))
 
     @cached_property
-    def _folded(self) -> Tensor:
+    def folded(self) -> Tensor:
         """A√μ, shape (k, k')."""
         return self.mixing * self.eigenvalues.clamp_min(0).sqrt()
 
