@@ -1,7 +1,7 @@
 """Three kinds of Jacobian products, each by `torch.func` or, where that cannot go, by autograd."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
@@ -107,17 +107,17 @@ class Plain(Products):
     def jvp(self, x: Inputs, parameters: Parameters, tangents: Tensor, chunk: int) -> Tensor:
         """From rows, as (n, c, k): c backward passes an example, whatever k is."""
         products = []
-        with self._leaves(parameters) as (module, leaves):
+        with self._all_leaves(parameters) as (module, leaves):
             for one in self._examples(x):
-                outputs = self._outputs(module, one)
+                outputs = self.outputs_of(module, one)
                 each = [self._row(outputs, c, leaves) @ tangents.T for c in range(len(outputs[0]))]
                 products.append(torch.stack(each))
         return torch.stack(products)
 
     def vjp(self, x: Inputs, parameters: Parameters, cotangents: Tensor, chunk: int) -> Tensor:
         """See `Functional.vjp`; one backward pass for each cotangent."""
-        with self._leaves(parameters) as (module, leaves):
-            outputs = self._outputs(module, self._own(x))
+        with self._all_leaves(parameters) as (module, leaves):
+            outputs = self.outputs_of(module, self._own(x))
             k = cotangents.shape[-1]
             return torch.stack(
                 [self._gradient(outputs, cotangents[..., j], leaves) for j in range(k)]
@@ -127,17 +127,17 @@ class Plain(Products):
         """See `Functional.rows`."""
         p = sum(parameter.numel() for parameter in parameters.values())
         found = cotangents.new_empty(*cotangents.shape[:2], p)
-        with self._leaves(parameters) as (module, leaves):
+        with self._all_leaves(parameters) as (module, leaves):
             for i, one in enumerate(self._examples(x)):
-                outputs = self._outputs(module, one)
+                outputs = self.outputs_of(module, one)
                 for cotangent, row in zip(cotangents[i], found[i], strict=True):
                     row.copy_(self._gradient(outputs, cotangent.unsqueeze(0), leaves))
         return found
 
     def outputs(self, x: Inputs, parameters: Parameters) -> Tensor:
         """f(x) with its graph, of which nothing but its memory is of use."""
-        with self._leaves(parameters) as (module, _):
-            return self._outputs(module, self._own(x))
+        with self._all_leaves(parameters) as (module, _):
+            return self.outputs_of(module, self._own(x))
 
     def _examples(self, x: Inputs) -> Iterator[Inputs]:
         return (self._own(take(x, part)) for part in slices(num_examples(x), 1))
@@ -147,7 +147,8 @@ class Plain(Products):
         """Copies: some models write into their inputs."""
         return map_inputs(x, Tensor.clone)
 
-    def _outputs(self, module: nn.Module, x: Inputs) -> Tensor:
+    def outputs_of(self, module: nn.Module, x: Inputs) -> Tensor:
+        """What a module with `leaves` gives; n examples, as rows."""
         return as_rows(called(module, model_inputs(x), self.network.output), x)
 
     def _row(self, outputs: Tensor, c: int, leaves: list[nn.Parameter]) -> Tensor:
@@ -172,9 +173,27 @@ class Plain(Products):
         return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
     @contextmanager
-    def _leaves(self, parameters: Parameters) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    def _all_leaves(
+        self, parameters: Parameters
+    ) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
         """A copy of the model whose weights are leaves, and those leaves in the order of θ."""
-        leaves = {name: nn.Parameter(_ordinary(p)) for name, p in parameters.items()}
+        with self.leaves(parameters, set(parameters)) as (module, leaves):
+            yield module, list(leaves.values())
+
+    @contextmanager
+    def leaves(
+        self, parameters: Parameters, needing: Set[str]
+    ) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+        """A copy of the model whose weights are parameters of its own, and these by name.
+
+        Args:
+            parameters: θ.
+            needing: Names of those that require a gradient.
+        """
+        leaves = {
+            name: nn.Parameter(_ordinary(p), requires_grad=name in needing)
+            for name, p in parameters.items()
+        }
         with (
             self.network.borrowed() as module,
             self.network.attention(),
@@ -182,7 +201,7 @@ class Plain(Products):
             _recurrent_nets_that_train(module),
             torch.enable_grad(),
         ):
-            yield module, list(leaves.values())
+            yield module, leaves
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ella.activations import FeatureTaps, Tap
-from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Inputs, check_positive
 from ella.processes import Processes
 from ella.saving import State
+from ella.sketches import folded, random_signs
 
 HIGHEST = 1e3
 """Distances count up to this: activations of nonsense may be of any size."""

@@ -13,6 +13,8 @@ from ella.checkpoint import Checkpoint
 from ella.choosing import stage_ends
 from ella.distance import Distance, Stages
 from ella.eigenfunctions import EigenfunctionMethod, Eigenfunctions, NeuralEF
+from ella.eigenfunctions.neural_features import NeuralFeatures
+from ella.eigenfunctions.plan import Plan
 from ella.export import PredictiveModule
 from ella.fitted import Features, Fit, Sums
 from ella.hints import hint
@@ -291,6 +293,12 @@ class ELLA(Stored):
         eigenfunctions = self._fitted().eigenfunctions
         pieces = self._pieces(self._admitted(x))
         return LogitGaussian.joined([eigenfunctions(piece) for piece in pieces])
+
+    @property
+    def plan(self) -> Plan | None:
+        """How `fit` went about `NeuralEF`, and what it expected to take; None from a file."""
+        found = self._fitted().eigenfunctions
+        return found.plan if isinstance(found, NeuralFeatures) else None
 
     @property
     def curvature(self) -> Tensor:

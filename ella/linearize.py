@@ -18,11 +18,14 @@ from ella.inputs import (
     take,
 )
 from ella.network import Network
+from ella.routes import TIMED, Routes
 
 log = logging.getLogger("ella")
 
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes of working memory that one Jacobian product may take (1 GiB)."""
+CPU_CHUNK = 2**28
+"""Bytes of one chunk of rows on a CPU: larger ones are slower, as they leave its caches."""
 
 
 class Linearized:
@@ -66,13 +69,13 @@ class Linearized:
             self.network.trainable if trainable is None else self.network.named(trainable)
         )
         self._probed: dict[tuple[object, ...], _Probe] = {}
-        self._routes: dict[str, Functional | Plain] = {}
         if not self.trainable:
             raise ValueError(
                 "`model` has no trainable parameter, so it has no Jacobian. Set "
                 "requires_grad=True on the weights whose uncertainty you want."
             )
-        self._names = _all_names(self.network.model, self.trainable)
+        self.names = _all_names(self.network.model, self.trainable)
+        self._routes = Routes(self.network, self.names)
 
     @torch.inference_mode(False)
     def parameters(self) -> Parameters:
@@ -99,6 +102,12 @@ class Linearized:
     def row_bytes(self) -> int:
         """Bytes of one row of the Jacobian."""
         return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that one chunk of rows may take."""
+        on_cpu = self.device.type == "cpu"
+        return min(self.memory_budget, CPU_CHUNK) if on_cpu else self.memory_budget
 
     def flat_parameters(self) -> Tensor:
         """θ, shape (p,): the trainable weights one after the other."""
@@ -173,13 +182,13 @@ class Linearized:
         return self._rows(x, eye.expand(num_examples(x), c, c))
 
     def jacobian_chunks(self, x: Inputs) -> Iterator[tuple[slice, Tensor]]:
-        """Jacobians of as many examples at a time as fit half of the memory budget.
+        """Jacobians of as many examples at a time as fit half of a chunk.
 
         Yields:
             The slice of examples and their J, shape (chunk, c, p); at least one example.
         """
         row_bytes = self.num_outputs(x) * self.row_bytes
-        size = max(1, self.memory_budget // 2 // row_bytes)
+        size = max(1, self.chunk_bytes // 2 // row_bytes)
         for part in slices(num_examples(x), size):
             yield part, self.jacobian(take(x, part))
 
@@ -188,7 +197,7 @@ class Linearized:
     ) -> Tensor:
         """A function of rows of the Jacobian, in the memory of one chunk of them.
 
-        Where the rows of one example exceed half of the budget, they come a few at a time.
+        Where the rows of one example exceed half of a chunk, they come a few at a time.
 
         Args:
             x: n examples.
@@ -202,7 +211,7 @@ class Linearized:
         if outputs is None:
             every = torch.arange(self.num_outputs(x), device=self.device)
             outputs = every.expand(n, len(every))
-        fitting = max(1, self.memory_budget // 2 // self.row_bytes)
+        fitting = max(1, self.chunk_bytes // 2 // self.row_bytes)
         q = outputs.shape[1]
         found = []
         for part in slices(n, max(1, fitting // q)):
@@ -224,6 +233,22 @@ class Linearized:
         """c, the number of outputs for inputs like `x`."""
         return self._probe(x).num_outputs
 
+    def kept_bytes(self, x: Inputs) -> int:
+        """What autograd keeps for the backward pass of one example like `x`."""
+        return self._probe(x).kept_bytes
+
+    @torch.inference_mode(False)
+    def time_rows(self, x: Inputs) -> None:
+        """Find out how rows are computed fastest, before many of them (`Routes.time_rows`)."""
+        x, n = self._admit(x)
+        rows = min(self.num_outputs(x), TIMED)
+        size = max(1, self.chunk_bytes // (rows * self._row_bytes(x)))
+        self._routes.time_rows(take(x, slice(min(size, TIMED, n))), self.parameters())
+
+    def rows_route(self, x: Inputs) -> str:
+        """How rows at inputs like x are computed: "vmapped" or "one by one"."""
+        return "one by one" if isinstance(self._route("rows", x), Plain) else "vmapped"
+
     @torch.inference_mode(False)
     def _rows(self, x: Inputs, cotangents: Tensor) -> Tensor:
         """Rows u_ijᵀ J(x_i) for cotangents u of shape (n, m, c); shape (n, m, p)."""
@@ -232,8 +257,7 @@ class Linearized:
         route, given = self._route("rows", x), cotangents.to(self.network.dtype)
         if isinstance(route, Plain):
             return route.rows(x, parameters, given).to(self.dtype)
-        bytes_each = m * (2 * self._probe(x).kept_bytes + self.row_bytes)
-        size = max(1, self.memory_budget // bytes_each)
+        size = max(1, self.chunk_bytes // (m * self._row_bytes(x)))
         if n <= size:  # nothing to join
             return route.rows(x, parameters, given).to(self.dtype)
         found = cotangents.new_empty(n, m, self.num_parameters, dtype=self.dtype)
@@ -262,11 +286,11 @@ class Linearized:
         key = example_shape(x)
         if key not in self._probed:
             one, _ = self._admit(take(x, slice(1)))
-            self._probed[key] = _Probe(self(one).shape[1], self._kept_bytes(one))
+            self._probed[key] = _Probe(self(one).shape[1], self._measured_bytes(one))
         return self._probed[key]
 
-    def _kept_bytes(self, x: Inputs) -> int:
-        plain = Plain(self.network, self._names)
+    def _measured_bytes(self, x: Inputs) -> int:
+        plain = Plain(self.network, self.names)
         weights = {p.data_ptr() for p in self.network.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -280,52 +304,12 @@ class Linearized:
         return sum(kept.values())
 
     def _route(self, product: str, x: Inputs) -> Functional | Plain:
-        """What computes a kind of product: tried once for each model."""
-        if product not in self._routes:
-            x = take(x, slice(2))
-            plain = Plain(self.network, self._names)
-            functional = Functional(self.network, self._names)
-            reason = self._refusal(product, functional, plain, x)
-            self._routes[product] = functional if reason is None else plain
-            if reason is not None:
-                log.info("%s: by autograd, one example at a time: %s", product, reason)
-        return self._routes[product]
+        """What computes a kind of product."""
+        return self._routes.of(product, take(x, slice(2)), self.parameters())
 
-    def _refusal(
-        self, product: str, functional: Functional, plain: Plain, x: Inputs
-    ) -> str | None:
-        """Why `torch.func` cannot compute a kind of product, or None if it can."""
-        try:
-            found = self._sample_of(product, functional, x)
-        except Exception as error:  # anything may be raised in the user's forward pass
-            if is_out_of_memory(error):
-                raise
-            self._sample_of("rows", plain, x)  # an error of the model's own comes again
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        expected = self._sample_of("rows", plain, x)
-        tolerance = 1e3 * torch.finfo(self.network.dtype).eps
-        apart = (found - expected).abs().max()
-        if not bool(apart <= tolerance * expected.abs().max().clamp_min(1e-30)):
-            return "its products differ from those of autograd"
-        return None
-
-    def _sample_of(self, product: str, route: Functional | Plain, x: Inputs) -> Tensor:
-        """uᵀJ(x)v for each example, one output u and one random tangent v, by each product."""
-        n, c = num_examples(x), self.num_outputs(x)
-        parameters, dtype = self.parameters(), self.network.dtype
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.num_parameters, generator=generator).to(self.device, dtype)
-        u = nn.functional.one_hot(torch.arange(n) % c, c).to(self.device, dtype)
-        if product == "jvp":
-            found = route.jvp(x, parameters, v.unsqueeze(0), 1).squeeze(-1)
-            return (found * u).sum(-1).float()
-        if product == "vjp":
-            each = (slice(i, i + 1) for i in range(n))
-            gradients = [
-                route.vjp(take(x, i), parameters, u[i].unsqueeze(-1), 1).squeeze(0) for i in each
-            ]
-            return torch.stack(gradients).float() @ v.float()
-        return route.rows(x, parameters, u.unsqueeze(1)).squeeze(1).float() @ v.float()
+    def _row_bytes(self, x: Inputs) -> int:
+        """What one row of one example takes while it is computed."""
+        return 2 * self.kept_bytes(x) + self.row_bytes
 
     def _check_width(self, name: str, tangents: Tensor) -> None:
         if tangents.ndim != 2 or tangents.shape[1] != self.num_parameters:

@@ -137,11 +137,11 @@ def test_the_route_is_found_by_trying_and_logged(kind, caplog):
     with caplog.at_level("INFO", logger="ella"):
         linearized.jacobian(x)
         linearized.jacobian(x)
-    assert isinstance(linearized._routes["rows"], Plain)
+    assert isinstance(linearized._routes.chosen["rows"], Plain)
     assert len([r for r in caplog.records if "by autograd" in r.message]) == 1
     fast = Linearized(mlp().double())
     fast.jacobian(torch.zeros(2, 4, dtype=torch.float64))
-    assert not isinstance(fast._routes["rows"], Plain)
+    assert not isinstance(fast._routes.chosen["rows"], Plain)
 
 
 class Detached(nn.Module):
@@ -187,7 +187,7 @@ def test_out_of_memory_halves_the_chunk_and_is_no_refusal(error):
     u = torch.randn(16, CLASSES, 2, dtype=torch.float64)
     expected = Linearized(model.net).vjp(x, u)
     assert_same(linearized.vjp(x, u), expected)
-    assert not isinstance(linearized._routes["vjp"], Plain)
+    assert not isinstance(linearized._routes.chosen["vjp"], Plain)
     with pytest.raises(MemoryError, match="not enough memory for the derivative of one example"):
         list(_halving(lambda part: model_error(error), 4, 4))
     with pytest.raises(error):

@@ -12,12 +12,12 @@ from torch import nn
 
 from ella import ELLA, Categorical, LastLayer, NeuralEF, Nystrom, Training
 from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
-from ella.eigenfunctions.directions import folded, random_signs
 from ella.inputs import Rows
 from ella.linearize import Linearized
 from ella.metrics import expected_calibration_error
 from ella.network import Network
 from ella.predictive import LogitGaussian
+from ella.sketches import folded, random_signs
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
 

@@ -1,7 +1,7 @@
 """A subspace of weight space that carries the kernel: S(x) = J(x)V for orthonormal V."""
 
 import logging
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 
 import torch
@@ -9,106 +9,118 @@ from torch import Tensor
 
 from ella.batches import Batches
 from ella.collection import Collection
-from ella.inputs import Inputs, slices
+from ella.derivatives import is_out_of_memory
+from ella.inputs import Inputs, num_examples, slices, take
+from ella.kronecker import KroneckerSketch
 from ella.linearize import Linearized
 from ella.processes import Processes
 from ella.saving import State
+from ella.sketches import CountSketch, RowSketch
 from ella.spectral.nystrom import numerical_eigenpairs, row_gram
 
 log = logging.getLogger("ella")
 
-SKETCH_SIZE = 4096
-"""Numbers that a row of the Jacobian is folded to."""
-FOLDS_AT_ONCE = 256
-"""Folds of a row that are signed and added at a time."""
 SKETCHED_ROWS = 1000
 """Rows of the Jacobian that the leading directions are found from."""
+SKETCHED_NUMBERS = 2**22
+"""Numbers of sketches of eight rows an input that are made before they are projected."""
+WORTH_IT = 2**16
+"""Weights from which on rows are sketched layer by layer, if examples can share a pass."""
+WORTH_IT_ALONE = 2**22
+"""The same, if each example needs a pass of its own."""
 
 
 @dataclass(frozen=True)
 class Directions:
     """Leading directions V of the Jacobian's rows, which are sketched, never stored.
 
-    A row is multiplied by random signs and folded to s numbers, so that inner products are right
-    on average (a count sketch), and exact where s = p; V are the leading eigenvectors of sampled
-    sketched rows. The memory is p + s·r, not r·p.
-
-    Reference: Finding frequent items in data streams (Charikar et al., 2002); for gradients:
-    TRAK (Park et al., 2023), https://arxiv.org/abs/2303.14186
-
     Attributes:
-        signs: Of the weights, shape (p,), int8.
-        axes: V, shape (s, r).
+        sketch: From rows to s numbers.
+        axes: V, leading eigenvectors of sampled sketches, shape (s, r).
+        seconds_each: That one row took; 0 if they were found before.
     """
 
-    signs: Tensor
+    sketch: RowSketch
     axes: Tensor
+    seconds_each: float = 0.0
 
     def __len__(self) -> int:
         return self.axes.shape[1]
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Rows of the Jacobian (i, j, p) in terms of the directions, (i, j, r)."""
-        return folded(rows, self.signs, len(self.axes)) @ self.axes
+    def rows(self, x: Inputs, outputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """S(x) and diag κ(x, x) at all outputs or some: (n, q, r) and (n, q)."""
+        found = []
+        for part in slices(num_examples(x), self._at_once):
+            sketches, norms = self.sketch.rows(
+                take(x, part), None if outputs is None else outputs[part]
+            )
+            found.append((sketches @ self.axes, norms))
+        return torch.cat([each for each, _ in found]), torch.cat([norms for _, norms in found])
+
+    def blocks(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """S(x), shape (n, c, r), and κ(x, x), shape (n, c, c)."""
+        found = []
+        for part in slices(num_examples(x), self._at_once):
+            sketches, blocks = self.sketch.blocks(take(x, part))
+            found.append((sketches @ self.axes, blocks))
+        return torch.cat([each for each, _ in found]), torch.cat([blocks for _, blocks in found])
+
+    @property
+    def _at_once(self) -> int:
+        """Inputs whose sketches of a few rows fit `SKETCHED_NUMBERS`."""
+        return max(1, SKETCHED_NUMBERS // (8 * len(self.axes)))
 
 
-def random_signs(p: int, seed: int, device: torch.device) -> Tensor:
-    """±1 for each weight, int8; the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 2, (p,), generator=generator, dtype=torch.int8)
-    return (2 * bits - 1).to(device)
-
-
-def folded(rows: Tensor, signs: Tensor, size: int) -> Tensor:
-    """The count sketch of rows (..., p): weight j, with its sign, is added to number j mod s."""
-    found = rows.new_zeros(*rows.shape[:-1], size)
-    for part in slices(rows.shape[-1], FOLDS_AT_ONCE * size):  # in the cache, without a copy
-        signed = rows[..., part] * signs[part]
-        whole = signed.shape[-1] // size * size
-        found += signed[..., :whole].unflatten(-1, (-1, size)).sum(-2)
-        found[..., : signed.shape[-1] - whole] += signed[..., whole:]
-    return found
-
-
-def projected_rows(
-    linearized: Linearized,
-    x: Inputs,
-    project: Callable[[Tensor], Tensor],
-    outputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """S(x) and diag κ(x, x) at all outputs or some, in the memory of one chunk of rows.
+def sketch_of(linearized: Linearized, x: Inputs, kind: str, seed: int) -> RowSketch:
+    """The sketch that suits a model.
 
     Args:
         linearized: The model.
-        x: n examples.
-        project: Rows of the Jacobian (i, j, p) to (i, j, r), such as `Directions`.
-        outputs: Which rows, shape (n, q); None for all c.
+        x: Some examples.
+        kind: "count", "kronecker", or "auto": the latter from `WORTH_IT` weights on, if the model
+            allows it.
+        seed: Of everything random.
 
-    Returns:
-        Shapes (n, q, r) and (n, q).
+    Raises:
+        ValueError: If "kronecker" was asked for and cannot be had.
     """
+    if kind == "count" or (kind == "auto" and linearized.num_parameters < WORTH_IT):
+        return CountSketch.of(linearized, seed)
+    try:
+        found = KroneckerSketch(linearized, x, seed)
+    except Exception as error:  # anything may be raised in the user's forward pass
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if kind == "kronecker":
+            raise ValueError(
+                f'sketch="kronecker" cannot be had for this model: {reason}. Use sketch="auto".'
+            ) from error
+        log.info("rows of the Jacobian are made whole: %s", reason)
+        return CountSketch.of(linearized, seed)
+    if kind == "auto" and not found.together and linearized.num_parameters < WORTH_IT_ALONE:
+        return CountSketch.of(linearized, seed)
+    return found
 
-    def with_norms(rows: Tensor) -> Tensor:
-        return torch.cat([project(rows), rows.square().sum(-1, keepdim=True)], dim=-1)
 
-    found = linearized.over_rows(x, with_norms, outputs)
-    return found[..., :-1], found[..., -1]
-
-
-def projected_blocks(
-    linearized: Linearized, x: Inputs, project: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """S(x), shape (n, c, r), and κ(x, x), shape (n, c, c); see `projected_rows`."""
-    inside, blocks = [], []
-    for _, jacobian in linearized.jacobian_chunks(x):
-        inside.append(project(jacobian))
-        blocks.append(jacobian @ jacobian.mT)
-    return torch.cat(inside), torch.cat(blocks)
+def shared_sketch(
+    linearized: Linearized, inputs: Collection, kind: str, seed: int, processes: Processes
+) -> tuple[RowSketch, int]:
+    """The sketch that all processes use, and its size; see `sketch_of`."""
+    own = sketch_of(linearized, inputs.parts[0], kind, seed) if inputs.parts else None
+    about = processes.each(None if own is None else (type(own).__name__, own.size))
+    known = sorted({each for each in about if each is not None})
+    if own is None or len(known) > 1:  # without inputs it sketches nothing
+        own = CountSketch.of(linearized, seed)
+    if inputs.parts and isinstance(own, CountSketch):
+        linearized.time_rows(inputs.parts[0])
+    return own, known[0][1] if len(known) == 1 else own.size
 
 
 def find_directions(
     linearized: Linearized,
     inputs: Collection,
+    kind: str,
     *,
     rank: int,
     num_directions: int,
@@ -122,19 +134,26 @@ def find_directions(
     Raises:
         ValueError: If the sampled rows span fewer than `rank` directions.
     """
-    p = linearized.num_parameters
-    size = min(p, max(SKETCH_SIZE, num_directions))
+    processes, checkpoint, device = batches.processes, batches.checkpoint, batches.device
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    signs = random_signs(p, seed, linearized.device)
-    processes, checkpoint = batches.processes, batches.checkpoint
-    state = checkpoint.kept_by_all("sample-directions", processes, linearized.device)
+    sketch, size = shared_sketch(linearized, inputs, kind, seed, processes)
+    state = checkpoint.kept_by_all("sample-directions", processes, device)
     if state is not None:
         generator.set_state(state.tensors["generator"].cpu())
-        return Directions(signs, state.tensor("axes", (size, None)))
-    sketches = _sampled_sketches(linearized, inputs, signs, size, generator, processes)
+        return Directions(sketch, state.tensor("axes", (size, None)))
+    c = processes.agreed(linearized.num_outputs(inputs.parts[0]) if inputs.parts else None)
+    start, total = processes.extent(len(inputs))
+    chosen = torch.randperm(total, generator=generator)[:SKETCHED_ROWS]
+    each = min(c, -(-SKETCHED_ROWS // len(chosen)))
+    draws = torch.rand(len(chosen), c, generator=generator)
+    outputs = draws.topk(each, dim=1).indices.to(device)
+    begin = time.perf_counter()
+    own = {where: sketch.rows(x, outputs[where])[0] for where, x in inputs.chosen(chosen - start)}
+    taken = time.perf_counter() - begin
+    sketches = processes.sum(_placed(own, (len(chosen), each, size), device)).flatten(0, 1)
     log.info(
-        "rows of %d weights are sketched to %d numbers; directions from %d rows",
-        *(p, size, len(sketches)),
+        "rows of %d weights are sketched to %d numbers (%s); directions from %d rows",
+        *(linearized.num_parameters, size, type(sketch).__name__, len(sketches)),
     )
     values, vectors = numerical_eigenpairs(row_gram(sketches))
     values, vectors = values[:num_directions], vectors[:, :num_directions]
@@ -142,31 +161,8 @@ def find_directions(
     axes = sketches.T @ (vectors / values.sqrt()).to(sketches)
     known = State({"axes": axes, "generator": generator.get_state()})
     checkpoint.keep("sample-directions", known)
-    return Directions(signs, axes)
-
-
-def _sampled_sketches(
-    linearized: Linearized,
-    inputs: Collection,
-    signs: Tensor,
-    size: int,
-    generator: torch.Generator,
-    processes: Processes,
-) -> Tensor:
-    """Sketches of one random output of each input, or of several where inputs are few: (m, s)."""
-    start, total = processes.extent(len(inputs))
-    chosen = torch.randperm(total, generator=generator)[:SKETCHED_ROWS]
-    c = processes.agreed(linearized.num_outputs(inputs.parts[0]) if inputs.parts else None)
-    each = min(c, -(-SKETCHED_ROWS // len(chosen)))
-    draws = torch.rand(len(chosen), c, generator=generator)
-    outputs = draws.topk(each, dim=1).indices.to(linearized.device)
-    shape = (len(chosen), each, size)
-    sketches = torch.zeros(shape, dtype=linearized.dtype, device=linearized.device)
-    for where, x in inputs.chosen(chosen - start):  # those of this process
-        sketches[where] = linearized.over_rows(
-            x, lambda rows: folded(rows, signs, size), outputs[where]
-        )
-    return processes.sum(sketches).flatten(0, 1)
+    rows = each * sum(len(where) for where in own)
+    return Directions(sketch, axes, taken / max(rows, 1))
 
 
 def check_rank(rank: int, spanned: int) -> None:
@@ -176,3 +172,12 @@ def check_rank(rank: int, spanned: int) -> None:
             f"`rank` is {rank}, but the sampled rows of the Jacobian span only {spanned} "
             f"directions. Lower `rank`, or raise `num_directions` or the number of inputs."
         )
+
+
+def _placed(parts: dict[Tensor, Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows at their places, zeros elsewhere."""
+    dtype = next((part.dtype for part in parts.values()), torch.float32)
+    found = torch.zeros(shape, dtype=dtype, device=device)
+    for where, part in parts.items():
+        found[where] = part
+    return found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps, restored_taps
+from ella.eigenfunctions.plan import Plan
 from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, LearnedResidual
 from ella.inputs import Inputs
 from ella.network import Network
@@ -86,9 +87,15 @@ class NeuralFeatures:
         self.basis = basis
         self.residual = residual
         self.made = made
+        self.plan: Plan | None = None
         networks = [basis.network, *([] if residual is None else [residual.network])]
         same = made.reads == "activations"
         self._together = SideBySide.fitting(networks) if same else None
+
+    def planned(self, plan: Plan | None) -> "NeuralFeatures":
+        """The same, with what learning it was expected to take."""
+        self.plan = plan
+        return self
 
     def __call__(self, x: Inputs) -> LogitGaussian:
         """Evaluate at n inputs."""

@@ -39,6 +39,7 @@ from ella.spectral import (
 
 RESIDUALS = ("diag", "factor", "none")
 READS = ("activations", "inputs")
+SKETCHES = ("auto", "count", "kronecker")
 LEARNING_STREAM = 2**32
 """Added to the seed, so that batches are not drawn like the Jacobian's rows."""
 
@@ -49,7 +50,7 @@ class NeuralEF:
 
     1. **Inputs**: `num_inputs` training inputs, at least half of them changed by `augment`.
     2. **Kernel**: the NTK is restricted to the span of `num_directions` sampled rows of the
-       Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once. κ ≈ SSᵀ within that
+       Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once, or a sketch of it. κ ≈ SSᵀ within that
        span, which must be larger than `rank`; what lies outside counts as residual.
     3. **Network**: ψ reads frozen activations of the classifier, or the inputs themselves. It
        starts from `teacher`: regression onto the k leading eigenfunctions of SSᵀ on those inputs;
@@ -60,9 +61,9 @@ class NeuralEF:
 
     After `fit` no Jacobian is needed, and nothing of size p is kept. Memory while fitting:
     num_inputs·q·num_directions numbers for S, q being c, or 8 where c is more than
-    num_directions + 64; num_inputs·c² for the blocks κ(x, x) where half of the memory budget holds
-    a Jacobian c·p; p + 5096·4096 for sketches of rows, which give the directions; plus one chunk,
-    or one row.
+    num_directions + 64; num_inputs·c² for the blocks κ(x, x) where they fit (a Jacobian c·p, too,
+    if rows are made whole); sketches of 1,000 rows, which give the directions; plus one chunk. See
+    `ELLA.plan`.
 
     Attributes:
         rank: k.
@@ -76,6 +77,9 @@ class NeuralEF:
         num_inputs: Inputs to learn from.
         augment: Makes inputs that look unseen; None uses each training input once, as it is.
         num_directions: Leading directions of the Jacobian's rows, which carry the kernel.
+        sketch: How rows become few numbers: "count" makes and folds whole rows; "kronecker" never
+            makes them, so that a row costs a backward pass through activations alone, but norms
+            are estimates; "auto" takes that from 65,536 weights on where the model allows it.
         width: Hidden units of the default network.
         depth: Its hidden layers; 0 leaves a linear map.
         teacher: Training on the teacher; None skips it.
@@ -94,6 +98,7 @@ class NeuralEF:
     num_inputs: int = 10_000
     augment: Augmentation | None = field(default_factory=Perturb)
     num_directions: int = 256
+    sketch: str = "auto"
     width: int = 256
     depth: int = 2
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
@@ -107,6 +112,7 @@ class NeuralEF:
         if self.depth < 0:
             raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
         check_choice("reads", self.reads, READS)
+        check_choice("sketch", self.sketch, SKETCHES)
         check_residual(self.residual)
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
@@ -124,13 +130,14 @@ class NeuralEF:
         sample = self.sample(linearized, batches, seed=seed, progress=progress)
         processes = batches.processes
         if processes.size == 1:
-            return self.learn(sample, seed=seed, progress=progress)
+            return self.learn(sample, seed=seed, progress=progress).planned(sample.plan)
         # One learns for all: not every device computes the same twice.
         state = None
         if processes.rank == 0:
             state = self.learn(sample, seed=seed, progress=progress).state().to("cpu")
         state = processes.agreed(state).to(linearized.device)
-        return NeuralFeatures.restore(linearized.network, state, self.network)
+        found = NeuralFeatures.restore(linearized.network, state, self.network)
+        return found.planned(sample.plan)
 
     def sample(
         self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool
@@ -155,6 +162,7 @@ class NeuralEF:
             FeatureTaps(network, processes.agreed(taps)),
             rank=self.rank,
             num_directions=self.num_directions,
+            sketch=self.sketch,
             generator=generator,
             batches=batches,
             progress=progress,

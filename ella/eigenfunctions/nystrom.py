@@ -8,12 +8,12 @@ from tqdm.auto import tqdm
 
 from ella.batches import Batches, Loader, as_batches
 from ella.eigenfunctions.base import check_product_residual
-from ella.eigenfunctions.directions import projected_blocks, projected_rows
 from ella.inputs import Inputs, check_choice, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
 from ella.saving import State
+from ella.sketches import projected_blocks, projected_rows
 from ella.spectral.nystrom import leading_eigenpairs, row_gram
 
 OUTPUTS = ("random", "all")

@@ -16,13 +16,13 @@ from ella.eigenfunctions.directions import (
     Directions,
     check_rank,
     find_directions,
-    projected_blocks,
-    projected_rows,
 )
+from ella.eigenfunctions.plan import Plan
 from ella.inputs import Inputs, input_tensors, num_examples, slices
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.saving import State
+from ella.sketches import CountSketch, RowSketch
 
 log = logging.getLogger("ella")
 
@@ -52,6 +52,7 @@ class KernelSample:
         axes: Eigenvectors of Σ SᵀS, shape (r, r), leading first.
         num_outputs: c.
         outputs: Which outputs were sampled of each input, shape (n, q); None for all.
+        plan: What it was expected to take; None if it comes from a file.
     """
 
     taps: FeatureTaps
@@ -64,6 +65,7 @@ class KernelSample:
     axes: Tensor
     num_outputs: int
     outputs: Tensor | None = None
+    plan: Plan | None = None
 
     @property
     def weight(self) -> float:
@@ -131,11 +133,12 @@ def sample_kernel(
     *,
     rank: int,
     num_directions: int,
+    sketch: str,
     generator: torch.Generator,
     batches: Batches,
     progress: bool,
 ) -> KernelSample:
-    """One pass over the inputs, of c row gradients each, or `SAMPLED_OUTPUTS` for a large c.
+    """One pass over the inputs, of c sketched rows each, or `SAMPLED_OUTPUTS` for a large c.
 
     Each of the processes that the batches name passes over its own inputs; all get the numbers
     that all have found. Finished parts go to the batches' checkpoint.
@@ -146,6 +149,7 @@ def sample_kernel(
     found = find_directions(
         linearized,
         inputs,
+        sketch,
         rank=rank,
         num_directions=num_directions,
         generator=generator,
@@ -158,12 +162,10 @@ def sample_kernel(
     if c > num_directions + MOST_OUTPUTS:
         draws = torch.rand(total, c, generator=generator)[start : start + len(inputs)]
         outputs = draws.topk(SAMPLED_OUTPUTS, dim=1).indices.to(linearized.device)
-    whole = outputs is None and _blocks_fit(linearized, total, c)
-    log.info(
-        "%d inputs, %d of %d outputs each, %d weights, %d directions, %s",
-        *(total, c if outputs is None else SAMPLED_OUTPUTS, c),
-        *(linearized.num_parameters, len(found), "blocks" if whole else "diagonals"),
-    )
+    whole = outputs is None and _blocks_fit(linearized, found.sketch, total, c)
+    plan = _planned(linearized, inputs, found, c, outputs is None, whole)
+    if plan is not None:
+        log.info("plan: %s", plan)
     each = _Pass(linearized, taps, found, outputs, whole, batches.checkpoint)
     features, diagonals, blocks, read = (
         processes.joined(torch.cat(parts) if parts else None, linearized.device)
@@ -172,14 +174,38 @@ def sample_kernel(
     s, scale, axes = _scaled(features, c)
     known = blocks * scale**2 if whole else None
     drawn = None if outputs is None else processes.joined(outputs, linearized.device)
-    return KernelSample(taps, inputs, read, s, diagonals * scale**2, known, scale, axes, c, drawn)
+    norms = diagonals * scale**2
+    return KernelSample(taps, inputs, read, s, norms, known, scale, axes, c, drawn, plan)
 
 
-def _blocks_fit(linearized: Linearized, n: int, c: int) -> bool:
+def _planned(
+    linearized: Linearized, inputs: Collection, found: Directions, c: int, every: bool, whole: bool
+) -> Plan | None:
+    """What the pass over this process's inputs is going to take, if there are any."""
+    if not inputs.parts:
+        return None
+    return Plan(
+        num_inputs=len(inputs),
+        rows_each=c if every else SAMPLED_OUTPUTS,
+        num_outputs=c,
+        num_weights=linearized.num_parameters,
+        sketch=found.sketch.name,
+        sketch_size=len(found.axes),
+        route=found.sketch.route(inputs.parts[0]),
+        blocks=whole,
+        num_directions=len(found),
+        seconds_each=found.seconds_each,
+        chunk_bytes=linearized.chunk_bytes,
+        itemsize=linearized.dtype.itemsize,
+    )
+
+
+def _blocks_fit(linearized: Linearized, sketch: RowSketch, n: int, c: int) -> bool:
     """Whether there is memory for κ(x, x) at n inputs, and to make one."""
     budget = linearized.memory_budget
     fits = n * c * c * linearized.dtype.itemsize <= 4 * budget
-    return fits and 2 * c * linearized.row_bytes <= budget
+    whole = isinstance(sketch, CountSketch)  # which makes whole Jacobians
+    return fits and (not whole or 2 * c * linearized.row_bytes <= budget)
 
 
 @dataclass(frozen=True)
@@ -218,10 +244,10 @@ class _Pass:
     def _at(self, where: slice, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         read = self.taps(x)[1]
         if self.whole:
-            inside, blocks = projected_blocks(self.linearized, x, self.directions)
+            inside, blocks = self.directions.blocks(x)
             return inside, blocks.diagonal(dim1=1, dim2=2), blocks, read
         chosen = None if self.outputs is None else self.outputs[where]
-        inside, norms = projected_rows(self.linearized, x, self.directions, chosen)
+        inside, norms = self.directions.rows(x, chosen)
         return inside, norms, norms, read
 
 
