@@ -50,8 +50,9 @@ class NeuralEF:
 
     1. **Inputs**: `num_inputs` training inputs, at least half of them changed by `augment`.
     2. **Kernel**: the NTK is restricted to the span of `num_directions` sampled rows of the
-       Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once, or a sketch of it. κ ≈ SSᵀ within that
-       span, which must be larger than `rank`; what lies outside counts as residual.
+       Jacobian, S(x) = J(x)V, so every input's Jacobian is computed once, or a sketch of it.
+       κ ≈ SSᵀ within that span, which must be larger than `rank`; what lies outside counts as
+       residual.
     3. **Network**: ψ reads frozen activations of the classifier, or the inputs themselves. It
        starts from `teacher`: regression onto the k leading eigenfunctions of SSᵀ on those inputs;
        `training`, if given, then minimises `objective` on ψ and Tψ.
