@@ -41,7 +41,7 @@ def reliability_diagram(
     panels = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     for panel, (name, probs) in zip(panels, probs_by_method.items(), strict=True):
         ece = expected_calibration_error(probs, labels, num_bins)
-        _draw(panel, *top_label(probs, labels), num_bins)
+        draw_reliability(panel, *top_label(probs, labels), num_bins)
         panel.set_title(f"{name}\nECE {ece:.3f}", fontsize=10)
         panel.set_xlabel("confidence")
     panels[0].set_ylabel("accuracy")
@@ -49,7 +49,9 @@ def reliability_diagram(
     return figure
 
 
-def _draw(panel: "Axes", confidence: Tensor, correct: Tensor, num_bins: int) -> None:
+def draw_reliability(
+    panel: "Axes", confidence: Tensor, correct: Tensor, num_bins: int = 15
+) -> None:
     """The bars of one panel."""
     counts, bin_accuracy, bin_confidence = _binned(confidence, correct, num_bins)
     filled = counts > 0
