@@ -56,7 +56,10 @@ or the same as a tuple (model, train, val, test[, ood[, shift]]). It may also na
 
 INFO = """\
 Tell what a file of `ELLA.save` holds: settings, what was tuned, tensors. It needs no model, and
-nothing in the file is executed."""
+nothing in the file is executed: a file from a stranger can be looked at.
+
+  python -m ella info ella.safetensors
+  python -m ella info ella.safetensors --json | jq .hyperparameters"""
 
 NAMES = ("model", "train", "val", "test", "ood", "shift")
 OPTIONS = ("classes", "likelihood", "output", "split", "eigenfunctions")
@@ -147,7 +150,8 @@ def _demo(args: argparse.Namespace) -> None:
             progress=False,
         )
         _say("3/4  Predicting the test signals, shifted signals, and what are no signals ...")
-        report = evaluate(methods, found.test, ood=found.ood, shift=found.shift, **_settings(args))
+        given = {"ood": found.ood, "shift": found.shift, **_settings(args)}
+        report = evaluate(methods, found.test, progress=False, **given)
         _say("4/4  Writing the page ...")
         _write(report, args, "ELLA on MNIST-1D")
 
@@ -266,7 +270,7 @@ def _named(loaders: Any, name: str) -> Mapping[str, Loader] | None:  # noqa: ANN
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     bootstrap = Bootstrap(args.samples, seed=getattr(args, "seed", 0))
-    return {"risk": args.risk, "bootstrap": bootstrap, "progress": False}
+    return {"risk": args.risk, "bootstrap": bootstrap}
 
 
 def _check_place(args: argparse.Namespace) -> None:

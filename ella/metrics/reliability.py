@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BAR_COLOR, GAP_COLOR = (0.12, 0.38, 0.62), (0.84, 0.24, 0.16)
+BAR_COLOR, GAP_COLOR = (0.20, 0.48, 0.75), (0.84, 0.24, 0.16)
 
 
 def reliability_diagram(
@@ -57,7 +57,7 @@ def draw_reliability(
     filled = counts > 0
     centers = ((torch.arange(num_bins) + 0.5) / num_bins)[filled].numpy()
     accuracy, gap = bin_accuracy[filled].numpy(), (bin_confidence - bin_accuracy)[filled].numpy()
-    shades = 0.35 + 0.65 * (counts[filled] / counts.max()).sqrt()
+    shades = 0.45 + 0.55 * (counts[filled] / counts.max()).sqrt()
     colors = [(*BAR_COLOR, shade) for shade in shades.tolist()]
     width = 0.94 / num_bins
     panel.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, zorder=3)

@@ -12,6 +12,9 @@ Statistic = Callable[..., Tensor]
 With a count of 1 each it is the estimate.
 """
 
+CHANCE = 3.0
+"""Standard errors of the mean of resamples, up to which its bias may be none."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -38,8 +41,8 @@ class Bootstrap:
     """Resamples of data sets with replacement, n out of n, the same for all methods.
 
     The interval of a statistic θ has as ends the quantiles of θ* over the resamples, less the bias
-    mean(θ*) − θ. The bias is 0 for means; calibration errors are larger on resamples than on the
-    data, and the quantiles alone may then miss the estimate itself.
+    mean(θ*) − θ where that is more than chance. Means have none; calibration errors are larger on
+    resamples than on the data, and the quantiles alone may then miss the estimate itself.
 
     Attributes:
         num_resamples: How many.
@@ -109,5 +112,6 @@ class Sampled:
 
     def _interval(self, estimate: Tensor, values: Tensor) -> Interval:
         ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64)
-        low, high = (torch.quantile(values, ends) - (values.mean() - estimate)).tolist()
-        return Interval(estimate.item(), low, high)
+        bias, chance = values.mean() - estimate, CHANCE * values.std() / len(values) ** 0.5
+        low, high = torch.quantile(values, ends) - (bias if bias.abs() > chance else 0)
+        return Interval(estimate.item(), low.item(), high.item())

@@ -38,7 +38,7 @@ def reliability(confidence: Tensor, correct: Tensor) -> str:
 
 def risk_coverage_curves(risks: Mapping[str, Tensor], risk: float) -> str:
     """Error rates of the 1, 2, ..., n surest examples of each method, as an image's address."""
-    figure = new_figure(6.4, 3.6)
+    figure = new_figure(4.8, 3.4)
     panel = figure.subplots()
     top = max(each[len(each) // 10 :].max().item() for each in risks.values())
     for i, (name, each) in enumerate(risks.items()):

@@ -14,7 +14,6 @@ from ella.report.result import FEWEST, Metric, Report
 from ella.report.statistics import kept_at
 
 TONES = {-1: "good", 0: "", 1: "bad"}
-HEADINGS = {-1: "Use it", 0: "No difference that these data can show", 1: "Do not use it"}
 
 
 def page(report: Report, title: str) -> str:
@@ -37,8 +36,7 @@ def page(report: Report, title: str) -> str:
         title=title,
         verdict=report.verdict,
         tone=TONES[side],
-        heading=HEADINGS[side],
-        legend=report.legend,
+        heading=f"By its NLL: {report.verdict.decision}",
         rows=report.rows,
         groups=_groups(report.metrics),
         score=report.score.replace("_", " "),
