@@ -7,16 +7,21 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
+
+from torch import nn
 
 from ella.batches import Loader
 from ella.demo import Demonstration
 from ella.distance import Distance
+from ella.eigenfunctions import EigenfunctionMethod
 from ella.predictions import NotFittedError
 from ella.predictor import ModelChangedError
 from ella.report import Bootstrap, Report, evaluate, standard_methods
-from ella.saving import FORMAT, State, custom_names, read
+from ella.saving import FORMAT, Json, State, custom_names, read
 
 __all__ = ["main"]
 
@@ -62,13 +67,42 @@ nothing in the file is executed: a file from a stranger can be looked at.
   python -m ella info ella.safetensors --json | jq .hyperparameters"""
 
 NAMES = ("model", "train", "val", "test", "ood", "shift")
-OPTIONS = ("classes", "likelihood", "output", "split", "eigenfunctions")
+REQUIRED = NAMES[:4]
+OPTIONS = ("likelihood", "output", "split")
+KNOWN = (*NAMES, "classes", "eigenfunctions", *OPTIONS)
 MISTAKES = (TypeError, ValueError, ImportError, OSError, NotFittedError, ModelChangedError)
 """What ella raises of what it is given: a sentence says it, without a traceback."""
 
 
 class Mistake(Exception):
     """The user can put it right; the text says how."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user's function returns.
+
+    Attributes:
+        model: The trained classifier.
+        train: What it was trained on.
+        val: Held out, to calibrate.
+        test: Held out, to judge.
+        ood: Inputs of no class: a loader, or several by name.
+        shift: Labelled data under other conditions: a loader, or several by name.
+        classes: Their names.
+        eigenfunctions: See `ELLA`.
+        options: For the constructors of all methods; see `OPTIONS`.
+    """
+
+    model: nn.Module
+    train: Loader
+    val: Loader
+    test: Loader
+    ood: Loader | Mapping[str, Loader] | None = None
+    shift: Loader | Mapping[str, Loader] | None = None
+    classes: Sequence[str] | None = None
+    eigenfunctions: EigenfunctionMethod | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,22 +125,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("python -m ella", description=DESCRIPTION, **raw)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m ella", description=DESCRIPTION, formatter_class=raw
+    )
     commands = parser.add_subparsers(metavar="command", required=True)
-    demo = commands.add_parser("demo", help="see what it does", description=DEMO, **raw)
+    add = partial(commands.add_parser, formatter_class=raw)
+    demo = add("demo", help="see what it does", description=DEMO)
     _add_page(demo, "ella-demo.html")
     demo.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
-    demo.add_argument("--scale", type=_share, default=1.0, help=argparse.SUPPRESS)
+    demo.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
     demo.set_defaults(command=_demo)
-    report = commands.add_parser("report", help="judge your model", description=REPORT, **raw)
+    report = add("report", help="judge your model", description=REPORT)
     report.add_argument("function", metavar="MODULE:FUNCTION", help="what returns model and data")
     _add_page(report, "ella-report.html")
     report.add_argument(
         "--distance", action="store_true", help="also judge ELLA with the distance term"
     )
     report.set_defaults(command=_report)
-    info = commands.add_parser("info", help="what a saved file holds", description=INFO, **raw)
+    info = add("info", help="what a saved file holds", description=INFO)
     info.add_argument("file", type=Path, help="a file of ELLA.save")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(command=_info)
@@ -123,14 +160,21 @@ def _add_page(parser: argparse.ArgumentParser, name: str) -> None:
         "--risk", type=_share, default=0.01, help="error rate for selective prediction (.01)"
     )
     parser.add_argument(
-        "--samples", type=int, default=1000, help="bootstrap samples (default 1000)"
+        "--samples", type=_count, default=1000, help="bootstrap samples (default 1000)"
     )
 
 
 def _share(text: str) -> float:
     value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {text}")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {text}")
     return value
 
 
@@ -150,8 +194,15 @@ def _demo(args: argparse.Namespace) -> None:
             progress=False,
         )
         _say("3/4  Predicting the test signals, shifted signals, and what are no signals ...")
-        given = {"ood": found.ood, "shift": found.shift, **_settings(args)}
-        report = evaluate(methods, found.test, progress=False, **given)
+        report = evaluate(
+            methods,
+            found.test,
+            ood=found.ood,
+            shift=found.shift,
+            risk=args.risk,
+            bootstrap=Bootstrap(args.samples, seed=args.seed),
+            progress=False,
+        )
         _say("4/4  Writing the page ...")
         _write(report, args, "ELLA on MNIST-1D")
 
@@ -159,23 +210,23 @@ def _demo(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     _check_place(args)
     given = _given(args.function)
-    options = {name: given[name] for name in ("likelihood", "output", "split") if name in given}
     with _one_sentence(args):
         methods = standard_methods(
-            given["model"],
-            given["train"],
-            given["val"],
-            eigenfunctions=given.get("eigenfunctions"),
+            given.model,
+            given.train,
+            given.val,
+            eigenfunctions=given.eigenfunctions,
             distance=Distance() if args.distance else None,
-            **options,
+            **given.options,
         )
         report = evaluate(
             methods,
-            given["test"],
-            ood=_named(given.get("ood"), "out of distribution"),
-            shift=_named(given.get("shift"), "shifted"),
-            classes=given.get("classes"),
-            **_settings(args),
+            given.test,
+            ood=_named(given.ood, "out of distribution"),
+            shift=_named(given.shift, "shifted"),
+            risk=args.risk,
+            classes=given.classes,
+            bootstrap=Bootstrap(args.samples),
         )
         _write(report, args, f"ELLA on {args.function}")
 
@@ -184,19 +235,23 @@ def _info(args: argparse.Namespace) -> None:
     with _one_sentence(args):
         version, state = read(args.file)
     found = described(version, state)
+    tensors = {
+        name: f"{tensor.dtype}".removeprefix("torch.") + f" {list(tensor.shape)}"
+        for name, tensor in sorted(state.tensors.items())
+    }
     if args.json:
-        _say(json.dumps(found, indent=2))
+        _say(json.dumps({**found, "tensors": tensors}, indent=2))
         return
+    # As JSON, names in a file cannot drive the terminal.
     for name, value in found.items():
-        if name != "tensors":
-            _say(f"{name:16} {value if isinstance(value, int) else json.dumps(value)}")
-    _say(f"{'tensors':16} {len(found['tensors'])}")
-    for name, about in found["tensors"].items():
-        _say(f"  {json.dumps(name)[1:-1]:40} {about['shape']!s:18} {about['dtype']}")
+        _say(f"{name:16} {json.dumps(value)}")
+    _say(f"tensors{len(tensors):>10}")
+    for name, about in tensors.items():
+        _say(f"  {json.dumps(name)[1:-1]:40} {about}")
 
 
-def described(version: int, state: State) -> dict[str, Any]:
-    """What a file holds, as JSON.
+def described(version: int, state: State) -> dict[str, Json]:
+    """What a file holds beside tensors, as JSON.
 
     Args:
         version: Of its format.
@@ -209,7 +264,7 @@ def described(version: int, state: State) -> dict[str, Any]:
         for key in ("likelihood", "eigenfunctions", "link", "output", "distance_term")
         for name in custom_names(settings.get(key), key)
     ]
-    found: dict[str, Any] = {
+    found: dict[str, Json] = {
         "format": version,
         "current format": version == FORMAT,
         "bytes": sum(sizes),
@@ -218,15 +273,11 @@ def described(version: int, state: State) -> dict[str, Any]:
     found |= {name: settings[name] for name in shown if name in settings}
     found |= {n: settings[n] for n in ("hyperparameters", "tuning", "link") if n in settings}
     found["needed to load"] = ["the model it was fitted to", *custom]
-    found["tensors"] = {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in sorted(state.tensors.items())
-    }
     return found
 
 
-def _given(place: str) -> dict[str, Any]:
-    """What the user's function returns, by name; errors inside it are shown as they are."""
+def _given(place: str) -> Given:
+    """What the user's function returns; errors inside it are shown as they are."""
     module_name, _, name = place.partition(":")
     if not module_name or not name:
         _wrong(f"{place!r} must be MODULE:FUNCTION, such as train:data for data() in train.py.")
@@ -244,33 +295,31 @@ def _given(place: str) -> dict[str, Any]:
     return _by_name(function(), place)
 
 
-def _by_name(found: object, place: str) -> dict[str, Any]:
+def _by_name(found: object, place: str) -> Given:
     """A mapping or tuple that a function returned, checked."""
-    if isinstance(found, tuple) and 4 <= len(found) <= len(NAMES):
-        return dict(zip(NAMES, found, strict=False))
+    if isinstance(found, tuple) and len(REQUIRED) <= len(found) <= len(NAMES):
+        return Given(*found)
     if not isinstance(found, Mapping):
         _wrong(
             f"{place} must return a mapping or a tuple (model, train, val, test[, ood[, shift]]); "
             f"got {type(found).__name__}."
         )
-    missing = [name for name in NAMES[:4] if name not in found]
-    unknown = [str(name) for name in found if name not in NAMES + OPTIONS]
+    missing = [name for name in REQUIRED if name not in found]
+    unknown = [str(name) for name in found if name not in KNOWN]
     if missing:
         _wrong(f"what {place} returns lacks {', '.join(map(repr, missing))}.")
     if unknown:
-        known = ", ".join(NAMES + OPTIONS)
+        known = ", ".join(KNOWN)
         _wrong(f"what {place} returns has the unknown {', '.join(unknown)}; known are {known}.")
-    return dict(found)
+    options = {name: found[name] for name in OPTIONS if name in found}
+    return Given(**{n: v for n, v in found.items() if n not in OPTIONS}, options=options)
 
 
-def _named(loaders: Any, name: str) -> Mapping[str, Loader] | None:  # noqa: ANN401
+def _named(
+    loaders: Loader | Mapping[str, Loader] | None, name: str
+) -> Mapping[str, Loader] | None:
     """Loaders by name, from such or from one."""
     return loaders if loaders is None or isinstance(loaders, Mapping) else {name: loaders}
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    bootstrap = Bootstrap(args.samples, seed=getattr(args, "seed", 0))
-    return {"risk": args.risk, "bootstrap": bootstrap}
 
 
 def _check_place(args: argparse.Namespace) -> None:

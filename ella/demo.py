@@ -9,7 +9,8 @@ import random
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ def _seeded(seed: int) -> "Iterator[None]":
         random.setstate(plain)
 
 
-def _generator() -> Any:  # noqa: ANN401 - a module without types
+def _generator() -> ModuleType:
     try:
         return importlib.import_module("mnist1d")
     except ImportError as error:

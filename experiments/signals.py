@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _report import Column, earlier_rows, markdown_table, pipes, save_results, timed
+from _report import Column, earlier_rows, markdown_table, pipes, save_results
 from _settings import Common, option, parsed, recorded
 
 from ella import Distance
 from ella.demo import SHIFTS, Demonstration
-from ella.report import Bootstrap, Report, evaluate, standard_methods
+from ella.report import Bootstrap, Report, evaluate, standard_methods, timed
 
 COLUMNS = (
     Column("accuracy", "accuracy", ".4f", spread=False),

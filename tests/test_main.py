@@ -127,7 +127,10 @@ def test_one_source_needs_no_name_and_distance_is_a_flag(module, tmp_path):
 def test_a_tuple_is_taken_in_order(module):
     from ella.command import _given
 
-    assert list(_given(f"{module}:short")) == ["model", "train", "val", "test"]
+    found = _given(f"{module}:short")
+    assert isinstance(found.model, nn.Linear)
+    assert [len(part.dataset) for part in (found.train, found.val, found.test)] == [100, 300, 200]
+    assert found.ood is None
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_info_tells_what_a_file_holds(saved, capsys):
     assert found["format"] == 2
     assert found["likelihood"]["type"] == "Categorical"
     assert found["needed to load"] == ["the model it was fitted to"]
-    assert found["tensors"]["sums.curvature"] == {"shape": [18, 18], "dtype": "float64"}
+    assert found["tensors"]["sums.curvature"] == "float64 [18, 18]"
     assert found["bytes"] >= 18 * 18 * 8
 
 
@@ -281,7 +284,15 @@ def test_help_teaches(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["nothing"], ["report"], ["demo", "--risk", "7"], ["demo", "--seed", "x"]]
+    "command",
+    [
+        [],
+        ["nothing"],
+        ["report"],
+        ["demo", "--risk", "7"],
+        ["demo", "--seed", "x"],
+        ["demo", "--samples", "1"],
+    ],
 )
 def test_a_bad_command_line_exits_with_2(command, capsys):
     with pytest.raises(SystemExit) as stopped:

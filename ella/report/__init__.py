@@ -7,6 +7,7 @@ from ella.report.bootstrap import Bootstrap, Interval, Sampled, Statistic
 from ella.report.cost import forward_ratio, timed
 from ella.report.evaluation import evaluate
 from ella.report.examples import Examples
+from ella.report.figures import uncertainty_histograms
 from ella.report.hardest import Picture
 from ella.report.result import ClassGap, Metric, Report, Row, Verdict
 from ella.report.standard import standard_methods
@@ -27,4 +28,5 @@ __all__ = [
     "forward_ratio",
     "standard_methods",
     "timed",
+    "uncertainty_histograms",
 ]

@@ -54,18 +54,51 @@ def risk_coverage_curves(risks: Mapping[str, Tensor], risk: float) -> str:
     panel.set_xlabel("coverage: share of examples that are answered")
     panel.set_ylabel("error rate among them")
     panel.legend(fontsize=8, frameon=False, loc="upper left")
-    return svg(_plain(figure, panel))
+    _plain(panel)
+    return svg(figure)
 
 
-def score_histogram(scores: Mapping[str, Tensor], name: str, bins: int = 30) -> str:
-    """Scores of several data sets, the first in distribution, as an image's address."""
-    figure = new_figure(3.6, 2.7)
-    panel = figure.subplots()
-    draw_histograms(panel, scores, shared_edges(list(scores.values()), bins))
-    panel.set_xlabel(name)
-    panel.set_ylabel("share of examples")
-    panel.legend(fontsize=8, frameon=False)
-    return svg(_plain(figure, panel))
+def score_histogram(scores: Mapping[str, Tensor], name: str) -> str:
+    """Scores of one method on several data sets, as an image's address."""
+    return svg(uncertainty_histograms({"": scores}, xlabel=name, size=(3.6, 2.7)))
+
+
+def uncertainty_histograms(
+    scores: Mapping[str, Mapping[str, Tensor]],
+    *,
+    xlabel: str = "predictive entropy (nats)",
+    bins: int = 30,
+    size: tuple[float, float] = (2.8, 2.6),
+) -> "Figure":
+    """Histograms of an uncertainty score in and out of distribution, one panel a method.
+
+    Args:
+        scores: By the title of the panel and the name of the data set, scores of shape (n,); the
+            data in distribution first.
+        xlabel: Name of the score.
+        bins: Number of bins of equal width, the same in all panels.
+        size: Of a panel, in inches.
+
+    Returns:
+        A figure that belongs to no window and no global state; save it with `figure.savefig`.
+
+    Raises:
+        ImportError: Without `ella[metrics]`.
+        ValueError: If there are no scores.
+    """
+    sets = [each for by_name in scores.values() for each in by_name.values()]
+    if not sets:
+        raise ValueError("`scores` is empty: expected at least one method with one data set.")
+    ends = shared_edges(sets, bins)
+    figure = new_figure(size[0] * len(scores), size[1])
+    panels = figure.subplots(1, len(scores), sharex=True, squeeze=False)[0]
+    for panel, (method, by_name) in zip(panels, scores.items(), strict=True):
+        draw_histograms(_plain(panel), by_name, ends)
+        panel.set_title(method, fontsize=10)
+    panels[0].set_ylabel("share of examples")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.supxlabel(xlabel, fontsize=10)
+    return figure
 
 
 def draw_histograms(panel: "Axes", scores: Mapping[str, Tensor], edges: Tensor) -> None:
@@ -127,10 +160,10 @@ def svg(figure: "Figure") -> str:
     return _address("image/svg+xml", text.encode())
 
 
-def _plain(figure: "Figure", panel: "Axes") -> "Figure":
+def _plain(panel: "Axes") -> "Axes":
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
-    return figure
+    return panel
 
 
 def _address(kind: str, content: bytes) -> str:

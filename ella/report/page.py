@@ -2,7 +2,6 @@
 
 from importlib import resources
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
@@ -77,7 +76,7 @@ def _reliability(report: Report) -> list[dict[str, str]]:
     return found
 
 
-def _selective(report: Report) -> dict[str, Any]:
+def _selective(report: Report) -> dict[str, object]:
     """Risk-coverage curves, and the coverage at the chosen risk with its threshold."""
     risks: dict[str, Tensor] = {}
     kept = []
