@@ -2,6 +2,9 @@
 
 Needs the package `mnist1d` (`ella[demo]`) and no download: signals of forty numbers, made from ten
 templates by padding, scaling, shifting, shearing and noise, as many as one asks for.
+
+Reference: Scaling Down Deep Learning with MNIST-1D (Greydanus & Kobak, 2020),
+https://arxiv.org/abs/2011.14439
 """
 
 import importlib

@@ -60,7 +60,7 @@ def risk_coverage_curves(risks: Mapping[str, Tensor], risk: float) -> str:
 
 def score_histogram(scores: Mapping[str, Tensor], name: str) -> str:
     """Scores of one method on several data sets, as an image's address."""
-    return svg(uncertainty_histograms({"": scores}, xlabel=name, size=(3.6, 2.7)))
+    return svg(uncertainty_histograms({"": scores}, xlabel=name, size=(3.1, 2.6)))
 
 
 def uncertainty_histograms(

@@ -109,9 +109,9 @@ def _histograms(report: Report) -> list[dict[str, str]]:
 def _picture(report: Report, shown: Picture) -> dict[str, str]:
     label, predicted = report.classes[shown.label], report.classes[shown.predicted]
     kind = "Image" if shown.values.ndim == 3 else "Signal"
-    caption = f"{label}, taken for {predicted} ({100 * shown.confidence:.0f} %)"
+    caption = f"{label}, taken for {predicted} ({100 * shown.confidence:.0f}\u00a0%)"
     if shown.label == shown.predicted:
-        caption = f"{label}, rightly ({100 * shown.confidence:.0f} %)"
+        caption = f"{label}, rightly ({100 * shown.confidence:.0f}\u00a0%)"
     alt = (
         f"{kind} of class {label}, predicted {predicted} with probability "
         f"{shown.confidence:.2f}, {report.score.replace('_', ' ')} {shown.score:.2f}."
