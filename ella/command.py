@@ -7,17 +7,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from torch import nn
 
-from ella.batches import Loader
+from ella.batches import Loader, Split
 from ella.demo import Demonstration
 from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
+from ella.likelihoods import Likelihood
+from ella.outputs import Output
 from ella.predictions import NotFittedError
 from ella.predictor import ModelChangedError
 from ella.report import Bootstrap, Report, evaluate, standard_methods
@@ -66,10 +68,9 @@ nothing in the file is executed: a file from a stranger can be looked at.
   python -m ella info ella.safetensors
   python -m ella info ella.safetensors --json | jq .hyperparameters"""
 
-NAMES = ("model", "train", "val", "test", "ood", "shift")
-REQUIRED = NAMES[:4]
-OPTIONS = ("likelihood", "output", "split")
-KNOWN = (*NAMES, "classes", "eigenfunctions", *OPTIONS)
+REQUIRED = ("model", "train", "val", "test")
+LONGEST = 6
+"""Of a tuple that a user's function returns: with "ood" and "shift"."""
 MISTAKES = (TypeError, ValueError, ImportError, OSError, NotFittedError, ModelChangedError)
 """What ella raises of what it is given: a sentence says it, without a traceback."""
 
@@ -91,7 +92,9 @@ class Given:
         shift: Labelled data under other conditions: a loader, or several by name.
         classes: Their names.
         eigenfunctions: See `ELLA`.
-        options: For the constructors of all methods; see `OPTIONS`.
+        likelihood: See `Predictor`.
+        output: See `Predictor`.
+        split: See `Predictor`.
     """
 
     model: nn.Module
@@ -102,7 +105,9 @@ class Given:
     shift: Loader | Mapping[str, Loader] | None = None
     classes: Sequence[str] | None = None
     eigenfunctions: EigenfunctionMethod | None = None
-    options: Mapping[str, object] = field(default_factory=dict)
+    likelihood: str | Likelihood = "classification"
+    output: Output = None
+    split: Split | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,7 +222,9 @@ def _report(args: argparse.Namespace) -> None:
             given.val,
             eigenfunctions=given.eigenfunctions,
             distance=Distance() if args.distance else None,
-            **given.options,
+            likelihood=given.likelihood,
+            output=given.output,
+            split=given.split,
         )
         report = evaluate(
             methods,
@@ -297,22 +304,22 @@ def _given(place: str) -> Given:
 
 def _by_name(found: object, place: str) -> Given:
     """A mapping or tuple that a function returned, checked."""
-    if isinstance(found, tuple) and len(REQUIRED) <= len(found) <= len(NAMES):
+    if isinstance(found, tuple) and len(REQUIRED) <= len(found) <= LONGEST:
         return Given(*found)
     if not isinstance(found, Mapping):
         _wrong(
             f"{place} must return a mapping or a tuple (model, train, val, test[, ood[, shift]]); "
             f"got {type(found).__name__}."
         )
+    names = [each.name for each in fields(Given)]
     missing = [name for name in REQUIRED if name not in found]
-    unknown = [str(name) for name in found if name not in KNOWN]
+    unknown = [str(name) for name in found if name not in names]
     if missing:
         _wrong(f"what {place} returns lacks {', '.join(map(repr, missing))}.")
     if unknown:
-        known = ", ".join(KNOWN)
+        known = ", ".join(names)
         _wrong(f"what {place} returns has the unknown {', '.join(unknown)}; known are {known}.")
-    options = {name: found[name] for name in OPTIONS if name in found}
-    return Given(**{n: v for n, v in found.items() if n not in OPTIONS}, options=options)
+    return Given(**found)
 
 
 def _named(

@@ -1,14 +1,14 @@
 """The methods that everybody should compare first."""
 
-from typing import Any
-
 from torch import nn
 
 from ella.baselines import MAP, TemperatureScaling
-from ella.batches import Loader
+from ella.batches import Loader, Split
 from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
 from ella.estimator import ELLA
+from ella.likelihoods import Likelihood
+from ella.outputs import Output
 from ella.predictor import Predictor
 
 
@@ -19,7 +19,11 @@ def standard_methods(
     *,
     eigenfunctions: EigenfunctionMethod | None = None,
     distance: Distance | None = None,
-    **options: Any,  # noqa: ANN401 - of `Predictor`
+    likelihood: str | Likelihood = "classification",
+    output: Output = None,
+    split: Split | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Predictor]:
     """Fit and calibrate MAP, temperature scaling and ELLA.
 
@@ -29,24 +33,36 @@ def standard_methods(
         val_loader: See `ELLA.calibrate`: data that the model was not trained on.
         eigenfunctions: See `ELLA`.
         distance: If given, "ELLA with distance" comes as a fourth.
-        options: For all of them: `likelihood`, `output`, `split`, `seed`, `progress`.
+        likelihood: See `Predictor`; the same for all of them.
+        output: See `Predictor`.
+        split: See `Predictor`.
+        seed: See `Predictor`.
+        progress: Whether to show progress bars.
 
     Returns:
         The methods by name, as `evaluate` takes them.
 
     Raises:
-        TypeError: If the loaders, the labels or an option have the wrong form.
+        TypeError: If a loader or the labels have the wrong form.
         ValueError: If a value is bad.
     """
     methods: dict[str, Predictor] = {
-        "MAP": MAP(model, **options),
-        "temperature scaling": TemperatureScaling(model, **options),
-        "ELLA": ELLA(model, eigenfunctions=eigenfunctions, **options),
+        "MAP": MAP(model, likelihood=likelihood, output=output, split=split),
+        "temperature scaling": TemperatureScaling(
+            model, likelihood=likelihood, output=output, split=split
+        ),
     }
-    if distance is not None:
-        methods["ELLA with distance"] = ELLA(
-            model, eigenfunctions=eigenfunctions, distance=distance, **options
+    terms = {"ELLA": None} if distance is None else {"ELLA": None, "ELLA with distance": distance}
+    for name, term in terms.items():
+        methods[name] = ELLA(
+            model,
+            likelihood=likelihood,
+            eigenfunctions=eigenfunctions,
+            distance=term,
+            output=output,
+            split=split,
         )
     for method in methods.values():
+        method.seed, method.progress = seed, progress
         method.fit(train_loader).calibrate(val_loader)
     return methods
