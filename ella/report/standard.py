@@ -33,24 +33,18 @@ def standard_methods(
         val_loader: See `ELLA.calibrate`: data that the model was not trained on.
         eigenfunctions: See `ELLA`.
         distance: If given, "ELLA with distance" comes as a fourth.
-        likelihood: See `Predictor`; the same for all of them.
-        output: See `Predictor`.
-        split: See `Predictor`.
-        seed: See `Predictor`.
+        likelihood: See `Predictor`, as for the rest; the same for all methods.
+        output: Where the logits are.
+        split: Tells inputs and labels apart.
+        seed: Of everything random.
         progress: Whether to show progress bars.
 
     Returns:
-        The methods by name, as `evaluate` takes them.
-
-    Raises:
-        TypeError: If a loader or the labels have the wrong form.
-        ValueError: If a value is bad.
+        The methods by name, as `evaluate` takes them. Errors are those of `fit` and `calibrate`.
     """
     methods: dict[str, Predictor] = {
-        "MAP": MAP(model, likelihood=likelihood, output=output, split=split),
-        "temperature scaling": TemperatureScaling(
-            model, likelihood=likelihood, output=output, split=split
-        ),
+        name: kind(model, likelihood=likelihood, output=output, split=split)
+        for name, kind in (("MAP", MAP), ("temperature scaling", TemperatureScaling))
     }
     terms = {"ELLA": None} if distance is None else {"ELLA": None, "ELLA with distance": distance}
     for name, term in terms.items():
@@ -62,7 +56,14 @@ def standard_methods(
             output=output,
             split=split,
         )
-    for method in methods.values():
-        method.seed, method.progress = seed, progress
-        method.fit(train_loader).calibrate(val_loader)
-    return methods
+    return {
+        name: _calibrated(method, train_loader, val_loader, seed, progress)
+        for name, method in methods.items()
+    }
+
+
+def _calibrated(
+    method: Predictor, train_loader: Loader, val_loader: Loader, seed: int, progress: bool
+) -> Predictor:
+    method.seed, method.progress = seed, progress
+    return method.fit(train_loader).calibrate(val_loader)
