@@ -5,7 +5,7 @@ Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameter
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ella import metrics
+from ella import metrics, report
 from ella.activations import FeatureTaps, Tap
 from ella.choosing import choose_taps
 from ella.distance import Distance
@@ -65,4 +65,5 @@ __all__ = [
     "choose_taps",
     "entropy",
     "metrics",
+    "report",
 ]

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from ella.report import timed, uncertainty_histograms
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -225,23 +226,6 @@ def pipes(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def timed(function: Callable[[], T], device: torch.device | str | None = None) -> tuple[T, float]:
-    """One call of `function`, as for a fit: its result and its seconds.
-
-    Args:
-        function: What to call.
-        device: CUDA device to wait for; None waits for the current one if CUDA is in use.
-
-    Returns:
-        The result and the wall-clock seconds.
-    """
-    _synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    _synchronize(device)
-    return result, time.perf_counter() - start
-
-
 def cpu_timed(function: Callable[[], T]) -> tuple[T, float]:
     """A result and its CPU seconds, which a busy machine does not change much."""
     start = time.process_time()
@@ -315,33 +299,6 @@ class PeakMemory:
         return int(self.STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def forward_ratio(
-    method_fn: Callable[[], object],
-    map_fn: Callable[[], object],
-    repeats: int = 15,
-    device: torch.device | str | None = None,
-) -> float:
-    """How many times longer a prediction takes than the plain forward pass.
-
-    The two are timed in turn, so that a machine that slows down or is shared slows both.
-
-    Args:
-        method_fn: The method's prediction.
-        map_fn: The forward pass of the same inputs.
-        repeats: Pairs of timed calls, after one pair that is not timed.
-        device: As for `timed`.
-
-    Returns:
-        The median over pairs of the ratio of their times.
-    """
-    method_fn(), map_fn()
-    ratios = []
-    for _ in range(repeats):
-        method_seconds = timed(method_fn, device)[1]
-        ratios.append(method_seconds / timed(map_fn, device)[1])
-    return statistics.median(ratios)
-
-
 def new_figure(width: float, height: float) -> Figure:
     """A figure that belongs to nobody's pyplot state: nothing global to set or to close."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -374,36 +331,14 @@ def plot_uncertainty(
             "`scores_in` and `scores_out` must hold the same methods, at least one; got "
             f"{list(scores_in)} and {list(scores_out)}."
         )
-    edges = _shared_edges([*scores_in.values(), *scores_out.values()], bins)
-    figure = new_figure(2.8 * len(scores_in) + 0.4, 2.6)
-    panels = figure.subplots(1, len(scores_in), sharex=True, squeeze=False)[0]
-    for panel, method in zip(panels, scores_in, strict=True):
-        _histograms(panel, scores_in[method], scores_out[method], edges)
-        panel.set_title(method, fontsize=10)
-    panels[0].set_ylabel("share of examples")
-    panels[-1].legend(frameon=False, fontsize=8)
-    figure.supxlabel(xlabel, fontsize=10)
+    scores = {
+        method: {"in distribution": inside, "out of distribution": scores_out[method]}
+        for method, inside in scores_in.items()
+    }
+    figure = uncertainty_histograms(scores, xlabel=xlabel, bins=bins)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=200)
-
-
-def _shared_edges(scores: Sequence[Tensor], bins: int) -> Tensor:
-    low = min(each.min().item() for each in scores)
-    high = max(each.max().item() for each in scores)
-    return torch.linspace(low, max(high, low + 1e-6), bins + 1, dtype=torch.float64)
-
-
-def _histograms(panel: Axes, inside: Tensor, outside: Tensor, edges: Tensor) -> None:
-    for scores, color, label in (
-        (inside, IN_COLOR, "in distribution"),
-        (outside, OUT_COLOR, "out of distribution"),
-    ):
-        values = scores.detach().cpu().double().numpy()
-        shares = [1 / len(values)] * len(values)
-        panel.hist(values, edges.numpy(), weights=shares, color=color, alpha=0.6, label=label)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(labelsize=8)
 
 
 def _column_cells(column: Column, metrics: Sequence[Mapping[str, Summary]]) -> list[str]:
@@ -447,15 +382,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON-like value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if isinstance(value, (bool, int, str)) or value is None else str(value)
-
-
-def _synchronize(device: torch.device | str | None) -> None:
-    if device is None:
-        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-    else:
-        in_use = torch.device(device).type == "cuda"
-    if in_use:
-        torch.cuda.synchronize(device)
 
 
 def _git(*arguments: str) -> str | None:

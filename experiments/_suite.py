@@ -20,7 +20,7 @@ import torch
 from _corruptions import CORRUPTIONS
 from _images import Data
 from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
-from _report import PeakMemory, cpu_timed, earlier_rows, forward_ratio, save_results
+from _report import PeakMemory, cpu_timed, earlier_rows, save_results
 from _settings import OnDevice, option, recorded
 from _store import KeptBody, ProjectedOnce, SampledOnce, Store
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from ella.metrics import (
     negative_log_likelihood,
     risk_coverage,
 )
+from ella.report import forward_ratio
 
 MEASURES = ("calibration", "ood", "shift")
 SCORES = ("confidence_deficit", "entropy", "mutual_information", "logit_variance", "energy")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from _data import DATASETS, Task, data_root, load_task
 from _models import TRAINING, DigitsNet, FashionNet, checkpoint_path, load_model, train_classifier
-from _report import forward_ratio, markdown_table, plot_uncertainty, save_results, timed
+from _report import markdown_table, plot_uncertainty, save_results
 from _settings import option, parsed, recorded
 from _suite import StudySettings, run_suite
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from ella.baselines import (
     TemperatureScaling,
 )
 from ella.metrics import auroc, evaluate, expected_calibration_error, reliability_diagram
+from ella.report import forward_ratio, timed
 
 FIGURE_METHODS = ("MAP", "temperature scaling", "last-layer Laplace, Kronecker", "ELLA, NeuralEF")
 

@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from _data import data_root, load_task
 from _models import checkpoint_path, load_model
-from _report import (
-    COST_COLUMNS,
-    PeakMemory,
-    forward_ratio,
-    load_results,
-    markdown_table,
-    save_results,
-    timed,
-)
+from _report import COST_COLUMNS, PeakMemory, load_results, markdown_table, save_results
 from _settings import OnDevice, option, parsed, recorded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +27,7 @@ from torchvision.models import resnet18
 
 from ella import ELLA, NeuralEF, Predictor, Training
 from ella.baselines import LastLayerLaplace, NystromLaplace, TemperatureScaling
+from ella.report import forward_ratio, timed
 
 BATCH_SIZE = 128
 PREDICTED = 256

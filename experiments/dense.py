@@ -18,20 +18,14 @@ from typing import Any
 
 import torch
 from _dense import TASKS, Batches, DenseTask
-from _report import (
-    DENSE_COLUMNS,
-    earlier_rows,
-    forward_ratio,
-    markdown_table,
-    save_results,
-    timed,
-)
+from _report import DENSE_COLUMNS, earlier_rows, markdown_table, save_results
 from _settings import Common, option, parsed, recorded
 from torch import Tensor
 
 from ella import ELLA, Categorical, LastLayer, NeuralEF, Predictor, Training, entropy
 from ella.baselines import MAP, TemperatureScaling
 from ella.metrics import auroc, evaluate
+from ella.report import forward_ratio, timed
 
 
 @dataclass(frozen=True)

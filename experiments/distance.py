@@ -24,7 +24,7 @@ from _corruptions import CORRUPTIONS
 from _images import Data
 from _models import checkpoint_path, load_model
 from _perturb import perturbed
-from _report import earlier_rows, forward_ratio, pipes, save_results
+from _report import earlier_rows, pipes, save_results
 from _settings import Common, option, parsed, recorded
 from _suite import NUM_VAL
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from ella.metrics import (
     expected_calibration_error,
     negative_log_likelihood,
 )
+from ella.report import forward_ratio
 
 SCALES = torch.logspace(-0.7, 0.7, 57).tolist()
 """Candidates of τ for temperature scaling with the term."""

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _report import timed
 from _settings import Common, option, parsed
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ella import ELLA, Distance, NeuralEF, Training
+from ella.report import timed
 
 LAUNCHERS = ("plain", "fabric", "accelerate")
 

@@ -35,7 +35,7 @@ from _given import (
     temperature_scaling,
 )
 from _models import DigitsNet, checkpoint_path, load_model, train_classifier
-from _report import FIDELITY_COLUMNS, SHIFT_COLUMNS, markdown_table, save_results, timed
+from _report import FIDELITY_COLUMNS, SHIFT_COLUMNS, markdown_table, save_results
 from _settings import OnDevice, option, parsed, recorded
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -56,6 +56,7 @@ from ella import (
 )
 from ella.eigenfunctions import KernelSample
 from ella.metrics import expected_calibration_error, negative_log_likelihood
+from ella.report import timed
 
 SHIFTS = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "gaussian_blur")
 

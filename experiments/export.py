@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from _minilm import VOCABULARY
-from _report import forward_ratio, pipes, save_results
+from _report import pipes, save_results
 from _settings import Common, option, parsed, recorded
 from torch import Tensor, nn
 from torch.export import Dim
 from torchvision.models import resnet18
 
 from ella import ELLA, Distance, NeuralEF, Training
+from ella.report import forward_ratio
 
 BATCH, CHECKED = 32, 1000
 WAYS = ("export", "compile", "ONNX")

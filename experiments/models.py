@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import PeakMemory, load_results, pipes, save_results, timed
+from _report import PeakMemory, load_results, pipes, save_results
 from _settings import Common, option, parsed
 from _zoo import LIBRARIES, Entry, large_entries
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import ella
 from ella import ELLA, LastLayer, NeuralEF, Nystrom, Training
 from ella.baselines import MAP
+from ella.report import timed
 
 BATCHES = (10, 8, 6)
 QUICK = Training(steps=40, batch_size=16)

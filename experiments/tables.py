@@ -33,6 +33,7 @@ from distance import distance_table
 from export import export_table
 from latency import latency_table
 from models import large_table, model_table
+from signals import signals_table
 from small_validation import table as small_validation_table
 
 FIGURE_METHODS = (
@@ -49,6 +50,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "distance": distance_table,
     "export": export_table,
     "latency": latency_table,
+    "mnist1d": signals_table,
     "models": model_table,
     "models-large": large_table,
 }

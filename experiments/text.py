@@ -30,7 +30,7 @@ from _minilm import (
     tiny_transformer,
 )
 from _models import fine_tune
-from _report import earlier_rows, forward_ratio, markdown_table, save_results
+from _report import earlier_rows, markdown_table, save_results
 from _settings import Common, option, parsed, recorded
 from _suite import SCORES, Tune, detection, keep, tune
 from calibration import ece_if_calibrated
@@ -52,6 +52,7 @@ from ella import (
 )
 from ella.baselines import MAP, LastLayerLaplace, TemperatureScaling
 from ella.metrics import evaluate
+from ella.report import forward_ratio
 
 FULL = Sizes(train=200, unlabelled=4000, outside=200)
 SMOKE = Sizes(train=40, unlabelled=60, outside=20)

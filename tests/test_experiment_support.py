@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from ella.report import forward_ratio
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 KINDS = (
     "gaussian_noise",
@@ -583,7 +585,7 @@ def test_seconds_skips_the_warm_up_and_takes_the_median(report, clock):
 def test_forward_ratio_pairs_the_calls(report, clock):
     # The machine gets ten times slower half-way; each pair still has the ratio 2.
     method, plain = clock(99, 2, 2, 20, 20), clock(1, 1, 1, 10, 10)
-    assert report.forward_ratio(method, plain, repeats=4) == pytest.approx(2)
+    assert forward_ratio(method, plain, repeats=4) == pytest.approx(2)
 
 
 def test_plot_uncertainty_writes_a_picture_and_leaves_matplotlib_alone(report, tmp_path):

@@ -8,7 +8,10 @@ import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PATHS = sorted(EXPERIMENTS.rglob("*.py"))
-PUBLIC = ("ella", "ella.baselines", "ella.eigenfunctions", "ella.metrics", "ella.spectral")
+PUBLIC = (
+    *("ella", "ella.baselines", "ella.demo", "ella.eigenfunctions", "ella.metrics"),
+    *("ella.report", "ella.spectral"),
+)
 OWN = ("self", "cls", "super")
 
 

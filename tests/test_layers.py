@@ -55,6 +55,10 @@ ORDER = (
     "summing",
     "estimator",
     "sklearn",
+    "report",
+    "demo",
+    "command",
+    "__main__",
 )
 PATHS = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -112,6 +116,7 @@ def test_the_halves_do_not_know_each_other(part, allowed):
 
 def test_import_loads_nothing_optional():
     optional = ("netcal", "laplace", "backpack", "curvlinops", "sklearn", "matplotlib", "scipy")
+    optional += ("jinja2", "mnist1d")
     script = f"import sys, ella; print([m for m in {optional!r} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BAR_COLOR, GAP_COLOR = (0.12, 0.38, 0.62), (0.84, 0.24, 0.16)
+BAR_COLOR, GAP_COLOR = (0.20, 0.48, 0.75), (0.84, 0.24, 0.16)
 
 
 def reliability_diagram(
@@ -41,7 +41,7 @@ def reliability_diagram(
     panels = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     for panel, (name, probs) in zip(panels, probs_by_method.items(), strict=True):
         ece = expected_calibration_error(probs, labels, num_bins)
-        _draw(panel, *top_label(probs, labels), num_bins)
+        draw_reliability(panel, *top_label(probs, labels), num_bins)
         panel.set_title(f"{name}\nECE {ece:.3f}", fontsize=10)
         panel.set_xlabel("confidence")
     panels[0].set_ylabel("accuracy")
@@ -49,13 +49,15 @@ def reliability_diagram(
     return figure
 
 
-def _draw(panel: "Axes", confidence: Tensor, correct: Tensor, num_bins: int) -> None:
+def draw_reliability(
+    panel: "Axes", confidence: Tensor, correct: Tensor, num_bins: int = 15
+) -> None:
     """The bars of one panel."""
     counts, bin_accuracy, bin_confidence = _binned(confidence, correct, num_bins)
     filled = counts > 0
     centers = ((torch.arange(num_bins) + 0.5) / num_bins)[filled].numpy()
     accuracy, gap = bin_accuracy[filled].numpy(), (bin_confidence - bin_accuracy)[filled].numpy()
-    shades = 0.35 + 0.65 * (counts[filled] / counts.max()).sqrt()
+    shades = 0.45 + 0.55 * (counts[filled] / counts.max()).sqrt()
     colors = [(*BAR_COLOR, shade) for shade in shades.tolist()]
     width = 0.94 / num_bins
     panel.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, zorder=3)
