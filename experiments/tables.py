@@ -33,6 +33,7 @@ from distance import distance_table
 from export import export_table
 from latency import latency_table
 from models import large_table, model_table
+from scaling import scaling_table
 from signals import signals_table
 from small_validation import table as small_validation_table
 
@@ -53,6 +54,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "mnist1d": signals_table,
     "models": model_table,
     "models-large": large_table,
+    "scaling": scaling_table,
 }
 """Tables that are not one row for each method."""
 EXPERIMENTS = Path(__file__).parent
