@@ -60,7 +60,13 @@ def measured(sizes: Mapping[str, int], steps: int) -> dict[str, Any]:
     x, y = torch.randn(sizes["n"], 3, 16, 16), torch.randint(sizes["c"], (sizes["n"],))
     loader = [(x[i : i + 64], y[i : i + 64]) for i in range(0, sizes["n"], 64)]
     teacher = Training(steps=steps, batch_size=64)
-    method = NeuralEF(sizes["k"], num_inputs=sizes["n"], num_directions=96, teacher=teacher)
+    method = NeuralEF(
+        sizes["k"],
+        num_inputs=sizes["n"],
+        num_directions=96,
+        sketch="kronecker",
+        teacher=teacher,
+    )
     ella = ELLA(model, eigenfunctions=method, progress=False)
     with PeakMemory("cpu") as memory:
         start = time.process_time()

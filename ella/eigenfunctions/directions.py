@@ -24,10 +24,8 @@ SKETCHED_ROWS = 1000
 """Rows of the Jacobian that the leading directions are found from."""
 SKETCHED_NUMBERS = 2**22
 """Numbers of sketches of eight rows an input that are made before they are projected."""
-WORTH_IT = 2**16
-"""Weights from which on rows are sketched layer by layer, if examples can share a pass."""
-WORTH_IT_ALONE = 2**22
-"""The same, if each example needs a pass of its own."""
+WORTH_IT = 2**22
+"""Weights from which on rows are sketched layer by layer: below, whole ones are cheap enough."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def sketch_of(linearized: Linearized, x: Inputs, kind: str, seed: int) -> RowSke
     if kind == "count" or (kind == "auto" and linearized.num_parameters < WORTH_IT):
         return CountSketch.of(linearized, seed)
     try:
-        found = KroneckerSketch(linearized, x, seed)
+        return KroneckerSketch(linearized, x, seed)
     except Exception as error:  # anything may be raised in the user's forward pass
         if is_out_of_memory(error):
             raise
@@ -98,9 +96,6 @@ def sketch_of(linearized: Linearized, x: Inputs, kind: str, seed: int) -> RowSke
             ) from error
         log.info("rows of the Jacobian are made whole: %s", reason)
         return CountSketch.of(linearized, seed)
-    if kind == "auto" and not found.together and linearized.num_parameters < WORTH_IT_ALONE:
-        return CountSketch.of(linearized, seed)
-    return found
 
 
 def shared_sketch(

@@ -80,7 +80,7 @@ class NeuralEF:
         num_directions: Leading directions of the Jacobian's rows, which carry the kernel.
         sketch: How rows become few numbers: "count" makes and folds whole rows; "kronecker" never
             makes them, so that a row costs a backward pass through activations alone, but norms
-            are estimates; "auto" takes that from 65,536 weights on where the model allows it.
+            are estimates; "auto" takes that from 2²² weights on where the model allows it.
         width: Hidden units of the default network.
         depth: Its hidden layers; 0 leaves a linear map.
         teacher: Training on the teacher; None skips it.
