@@ -1,5 +1,6 @@
 """The CIFAR-10 study: published ResNets, each method fitted once and tuned and scored often.
 
+What is compared is passed in: `_families.py` and `distance.py` have methods for it.
 One unit of work is a family of methods on one network: what is fitted and evaluated once on every
 set of images, then tuned and scored for every seed and protocol. Finished units are in the result
 files, one for each network, so a run that was killed goes on where it stopped, and networks can
@@ -7,32 +8,29 @@ run side by side.
 
 Protocol A tunes on 2,000 randomly cropped training images (as the ELLA paper does), drawn by the
 seed, and tests on all test images. Protocol B tunes on 2,000 test images and tests on the others
-(a quarter of the test images, where fewer than 8,000 are used).
+(a quarter of the test images, where fewer than 8,000 are used). Without cropped images, of which
+there are none at `--num-cropped 0`, only B is run.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from _corruptions import CORRUPTIONS
-from _images import Data
+from _images import Data, Images
 from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
 from _report import PeakMemory, cpu_timed, earlier_rows, forward_ratio, save_results
 from _settings import OnDevice, option, recorded
-from _store import KeptBody, ProjectedOnce, SampledOnce, Store
+from _store import KeptBody, Store
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ella import ELLA, Evaluated, NeuralEF, Nystrom, Predictor, Training, Uncertainty, entropy
-from ella.baselines import (
-    KroneckerLaplace,
-    LastLayerLaplace,
-    NystromLaplace,
-    TemperatureScaling,
-)
+from ella import Evaluated, Predictor, entropy
 from ella.metrics import (
     area_under_risk_coverage,
     aupr,
@@ -48,10 +46,11 @@ from ella.metrics import (
 )
 
 MEASURES = ("calibration", "ood", "shift")
-SCORES = ("confidence_deficit", "entropy", "mutual_information", "logit_variance", "energy")
+SCORES = (
+    *("confidence_deficit", "entropy", "mutual_information", "logit_variance"),
+    *("energy", "corrected_energy", "max_logit_p_norm", "distance"),
+)
 NUM_VAL = 2000
-PAPER_PRECISION = 25.0
-"""δ of the ELLA paper on CIFAR-10."""
 COVERAGES = 50
 ENSEMBLE = "ensemble"
 ARCHS = (*(f"resnet{depth}" for depth in RESNET_DEPTHS), ENSEMBLE)
@@ -80,13 +79,10 @@ class StudySettings(OnDevice):
         seeds: How many.
         first_seed: The first of them.
         only: Parts of the names of the methods to run, a|b|c.
-        slow: Whether to add what takes hours without a GPU.
         fit_on: Training images for G.
-        fit_slow_on: The same for methods that need exact Jacobians.
         num_inputs: Images that NeuralEF learns on.
         num_directions: See `NeuralEF`.
-        num_rows: Rows of Nyström.
-        num_cropped: Images to tune on in protocol A.
+        num_cropped: Images to tune on in protocol A; 0 leaves it out.
         num_test: Test images.
         num_ood: Images of each source that is out of distribution.
         num_shift: Images of each corruption.
@@ -97,13 +93,10 @@ class StudySettings(OnDevice):
     seeds: int = option(5, "how many")
     first_seed: int = option(0, "the first of them")
     only: str | None = option(None, "run the methods whose name contains one of these, a|b|c")
-    slow: bool = option(False, "add what takes hours without a GPU")
     fit_on: int = option(50_000, "training images for G")
-    fit_slow_on: int = option(50_000, "for exact Jacobians")
     num_inputs: int = option(50_000, "images NeuralEF learns on")
     num_directions: int = option(256, "see NeuralEF")
-    num_rows: int = option(2000, "rows of Nyström")
-    num_cropped: int = option(10_000, "to tune on, protocol A")
+    num_cropped: int = option(10_000, "to tune on, protocol A; 0: none")
     num_test: int = option(10_000, "test images")
     num_ood: int = option(5000, "of each source; 0: none")
     num_shift: int = option(2000, "images a corruption; 0: none")
@@ -164,98 +157,16 @@ class Family:
     Attributes:
         make: From a network to an unfitted method.
         tunings: From names in the tables to tunings of (evaluated method, rows, their labels).
+        fit_on: Training images for G.
         slow: Whether it needs Jacobians of every image, which takes hours without a GPU.
+        shown: What a method is evaluated on once: the test images, then whatever else tunings use.
     """
 
     make: Callable[[Network], Predictor]
-    tunings: dict[str, Tune] = field(default_factory=dict)
+    tunings: dict[str, Tune]
+    fit_on: int
     slow: bool = False
-
-
-def families(settings: StudySettings) -> list[Family]:
-    """All methods."""
-    quiet: dict[str, Any] = {"progress": False}
-    size: dict[str, Any] = {
-        "num_inputs": settings.num_inputs,
-        "num_directions": settings.num_directions,
-    }
-    if settings.smoke:
-        short = Training(steps=30, batch_size=32)
-        size |= {"rank": 4, "num_directions": 16, "width": 16, "teacher": short}
-    rank, few = (6, 4) if settings.smoke else (64, 20)
-    exact = Nystrom(rank, settings.num_rows, residual="exact")
-
-    def last_layer(structure: str) -> Callable[[Network], Predictor]:
-        return lambda network: LastLayerLaplace(network.body, structure=structure, **quiet)
-
-    def nystrom(k: int, residual: str) -> Callable[[Network], Predictor]:
-        def make(network: Network) -> Predictor:
-            found = ProjectedOnce(exact, k, network.stores[0], residual)
-            return ELLA(network.model, eigenfunctions=found, **quiet)
-
-        return make
-
-    def neural(residual: str) -> Callable[[Network], Predictor]:
-        def make(network: Network) -> Predictor:
-            found = SampledOnce(NeuralEF(**size, residual=residual), network.stores[0])
-            return ELLA(network.model, eigenfunctions=found, **quiet)
-
-        return make
-
-    def published(network: Network) -> Predictor:
-        return NystromLaplace(network.model, rank=few, subsample=settings.num_rows, **quiet)
-
-    def paper(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
-        return stopped_early(method, rows, labels, settings.fit_slow_on)
-
-    plain = {"MAP": keep, "temperature scaling": tune}
-    return [
-        Family(lambda network: TemperatureScaling(network.body, **quiet), plain),
-        Family(last_layer("full"), {"last-layer Laplace, full": tune}),
-        Family(last_layer("kron"), {"last-layer Laplace, Kronecker": tune}),
-        Family(neural("diag"), {"ELLA, NeuralEF": tune}),
-        Family(neural("factor"), {"ELLA, NeuralEF, factor": tune}),
-        Family(
-            nystrom(few, "none"),
-            {
-                "ELLA, Nyström k = 20, as in the paper": paper,
-                "ELLA, Nyström k = 20, no residual": tune,
-            },
-            slow=True,
-        ),
-        Family(nystrom(few, "diag"), {"ELLA, Nyström k = 20": tune}, slow=True),
-        Family(nystrom(rank, "diag"), {"ELLA, Nyström k = 64": tune}, slow=True),
-        Family(nystrom(rank, "exact"), {"ELLA, Nyström k = 64, full residual": tune}, slow=True),
-        Family(published, {"laplace-torch ELLA, k = 20": tune}, slow=True),
-        Family(
-            lambda network: KroneckerLaplace(network.model, **quiet),
-            {"Kronecker Laplace, all weights": tune},
-            slow=True,
-        ),
-    ]
-
-
-def stopped_early(
-    method: Evaluated, rows: Tensor, labels: Tensor, fitted_on: int, num_train: int = 50_000
-) -> Evaluated:
-    """The paper's choice: how many examples n to stop after, by validation NLL, at δ = 25.
-
-    It scales the prior by n/N on the way, so stopping is tempering: with G summed over m of N
-    examples, :math:`S = (m/n) φ (G + δ m/N)^{-1} φ^T` (G growing evenly).
-    """
-    start = method.hyperparameters
-    assert start is not None
-    scores = {}
-    for n in range(1000, num_train + 1, 1000):
-        precision = PAPER_PRECISION * fitted_on / num_train
-        method.hyperparameters = replace(
-            start, prior_precision=precision, temperature=fitted_on / n, logit_temperature=1.0
-        )
-        scores[n] = negative_log_likelihood(method.predict_proba([rows], n_samples=64), labels)
-    best = min(scores, key=lambda n: scores[n])
-    assert method.hyperparameters is not None
-    method.hyperparameters = replace(method.hyperparameters, temperature=fitted_on / best)
-    return method
+    shown: Callable[[Data], Sequence[Images]] = lambda data: [data.test]
 
 
 @dataclass(frozen=True)
@@ -274,15 +185,15 @@ class Unit:
         self, settings: StudySettings, data: Data, wanted: Iterable[str]
     ) -> dict[str, list[dict[str, Any]]]:
         """Rows of the wanted measures, by measure."""
-        count = settings.fit_slow_on if self.family.slow else settings.fit_on
-        fitted, cost = self._fitted(data.fitting(count).loader())
-        cost |= self._cost(fitted, data, settings.device)
-        test = fitted.evaluated(data.test.loader())
+        fitted, fit_cost = self._fitted(data.fitting(self.family.fit_on).loader())
+        shown = self.family.shown(data)
+        test = fitted.evaluated(list(chain.from_iterable(each.loader() for each in shown)))
         rows: dict[str, list[dict[str, Any]]] = {measure: [] for measure in wanted}
         for name, tuning in self.family.tunings.items():
             tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(settings)]
             named = {"arch": self.network.name, "method": name}
             if "calibration" in rows:
+                cost = fit_cost | self._cost(tuned[0].predictor, data, settings.device)
                 found = [*held_out(tuned, data), *paper(fitted, test, data, settings, tuning)]
                 rows["calibration"] += [{**named, **row, **cost} for row in found]
             if "ood" in rows:
@@ -333,17 +244,30 @@ class Tuned:
 
     @classmethod
     def on(cls, test: Evaluated, labels: Tensor, seed: int, tuning: Tune) -> "Tuned":
-        """Tune on 2,000 of the test images, or on a quarter of them if that is less."""
-        order = torch.randperm(len(test), generator=_seeded(seed))
-        num_val = min(NUM_VAL, len(test) // 4)
-        val, rest = order[:num_val], order[num_val:]
+        """Tune on some of the test images; see `drawn`."""
+        val, rest = drawn(len(labels), seed)
         return cls(seed, test.method, tuning(test.copied(), val, labels[val]), rest)
+
+    @property
+    def predictor(self) -> Predictor:
+        """The method with the numbers that were found, as a user has it."""
+        found = copy.copy(self.fitted)
+        found.hyperparameters = self.test.hyperparameters
+        found.tuning, found.link = self.test.tuning, self.test.link
+        return found
+
+
+def drawn(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of the test images to tune on, 2,000 or a quarter if that is less, and the others."""
+    order = torch.randperm(count, generator=_seeded(seed))
+    num_val = min(NUM_VAL, count // 4)
+    return order[:num_val], order[num_val:]
 
 
 def held_out(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """Protocol B: tuned on some test images, tested on the others."""
     for each in tuned:
-        found = scores(each.test, each.rest, data)
+        found = scores(each.test, each.rest, data) | ranking(each.test, each.rest, data)
         yield {"protocol": "B", "seed": each.seed, **found, **chosen(each.test)}
 
 
@@ -351,12 +275,14 @@ def paper(
     fitted: Predictor, test: Evaluated, data: Data, settings: StudySettings, tuning: Tune
 ) -> Iterator[dict[str, Any]]:
     """Protocol A: tuned on cropped training images, tested on all test images."""
+    if not settings.num_cropped:
+        return
     cropped = fitted.evaluated(data.cropped.loader())
     for seed in seeds(settings):
         rows = torch.randperm(len(cropped), generator=_seeded(seed))[:NUM_VAL]
         other = tuning(cropped.copied(), rows, data.cropped.y[rows])
         tuned = test.copied(other)
-        found = scores(tuned, torch.arange(len(test)), data)
+        found = scores(tuned, torch.arange(len(data.test.y)), data)
         yield {"protocol": "A", "seed": seed, **found, **chosen(other)}
 
 
@@ -368,8 +294,10 @@ def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, An
         rows = torch.arange(len(outside))
         at = [outside.copied(each.test).uncertainty([rows]) for each in tuned]
         for score in SCORES:
+            if getattr(inside[0], score) is None:
+                continue
             pairs = zip(inside, at, strict=True)
-            found = [detection(first, second, score) for first, second in pairs]
+            found = [detection(getattr(a, score), getattr(b, score)) for a, b in pairs]
             yield {"source": source, "score": score, **listed(found)}
 
 
@@ -420,9 +348,21 @@ def probability_scores(probs: Tensor, labels: Tensor, human: Tensor) -> dict[str
     }
 
 
-def detection(inside: Uncertainty, outside: Uncertainty, score: str) -> dict[str, float]:
-    """How well one score tells the two apart; a score that is constant detects nothing."""
-    pair = getattr(inside, score), getattr(outside, score)
+def ranking(method: Evaluated, rows: Tensor, data: Data) -> dict[str, float]:
+    """AURC of each score: the mean error rate of those it lets pass, over how many that are."""
+    wrong = method.predict([rows]).cpu() != data.test.y[rows]
+    found = method.uncertainty([rows])
+    scores = {score: getattr(found, score) for score in SCORES}
+    return {
+        f"aurc {score}": area_under_risk_coverage(values.cpu(), wrong)
+        for score, values in scores.items()
+        if values is not None
+    }
+
+
+def detection(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """How well a score tells the two apart; a score that is constant detects nothing."""
+    pair = inside, outside
     return {"auroc": auroc(*pair), "aupr": aupr(*pair), "fpr95": fpr_at_95_tpr(*pair)}
 
 
@@ -434,6 +374,7 @@ def chosen(method: Evaluated) -> dict[str, float]:
         "prior_precision": found.prior_precision,
         "temperature": found.temperature,
         "logit_temperature": found.logit_temperature,
+        "distance_scale": found.distance_scale,
     }
 
 
@@ -447,18 +388,27 @@ def seeds(settings: StudySettings) -> range:
     return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
-def run_suite(settings: StudySettings, measures: Iterable[str] = MEASURES) -> None:
-    """Run what is missing from the result files of the measures, writing after each unit."""
+def run_suite(
+    settings: StudySettings, families: Iterable[Family], measures: Iterable[str] = MEASURES
+) -> None:
+    """Run what is missing from the result files of the measures, writing after each unit.
+
+    Args:
+        settings: Sizes.
+        families: What to compare.
+        measures: Of `MEASURES`.
+    """
+    families = list(families)
     data = Data(settings)
     kept = kept_settings(settings)
     sizes = {"calibration": "num_test", "ood": "num_ood", "shift": "num_shift"}
     for name in settings.archs:
         paths = {m: settings.out / f"{m}-{name}.json" for m in measures if kept[sizes[m]]}
-        compared = (*SIZES, "seeds", "first_seed")
+        compared = [size for size in (*SIZES, "seeds", "first_seed") if size in kept]
         found = {m: earlier_rows(path, kept, compared) for m, path in paths.items()}
         folder = settings.kept or settings.out / "kept"
         network = Network.published(name, data.root, folder, settings.device)
-        for family in tqdm(_chosen_families(settings, name), desc=name):
+        for family in tqdm(_wanted(families, settings, name), desc=name):
             missing = [
                 measure
                 for measure, rows in found.items()
@@ -471,14 +421,13 @@ def run_suite(settings: StudySettings, measures: Iterable[str] = MEASURES) -> No
                 save_results(paths[measure], kept, found[measure])
 
 
-def _chosen_families(settings: StudySettings, name: str) -> list[Family]:
-    """Those that `--only` and `--slow` leave; of the ensemble, the plain ones."""
+def _wanted(families: Iterable[Family], settings: StudySettings, name: str) -> list[Family]:
+    """Those that `--only` leaves; of the ensemble, the plain ones."""
     wanted = settings.only.split("|") if settings.only else [""]
     return [
         family
-        for family in families(settings)
-        if (settings.slow or not family.slow)
-        and (name != ENSEMBLE or "MAP" in family.tunings)
+        for family in families
+        if (name != ENSEMBLE or "MAP" in family.tunings)
         and any(part in title for part in wanted for title in family.tunings)
     ]
 
