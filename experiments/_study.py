@@ -87,7 +87,7 @@ class Study:
         found = [
             statistics.fmean(row[key]) if isinstance(row[key], list) else row[key]
             for row in self.rows(measure)
-            if all(row.get(name) == value for name, value in where.items())
+            if key in row and all(row.get(name) == value for name, value in where.items())
         ]
         return statistics.fmean(found) if found else None
 

@@ -13,9 +13,10 @@ there are none at `--num-cropped 0`, only B is run.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,6 @@ from ella.metrics import (
     risk_coverage,
 )
 
-MEASURES = ("calibration", "ood", "shift")
 SCORES = (
     *("confidence_deficit", "entropy", "mutual_information", "logit_variance"),
     *("energy", "corrected_energy", "max_logit_p_norm", "distance"),
@@ -100,6 +100,11 @@ class StudySettings(OnDevice):
     num_test: int = option(10_000, "test images")
     num_ood: int = option(5000, "of each source; 0: none")
     num_shift: int = option(2000, "images a corruption; 0: none")
+
+    @property
+    def kept_in(self) -> Path:
+        """The folder of what is computed once."""
+        return self.kept or self.out / "kept"
 
 
 @dataclass(frozen=True)
@@ -182,24 +187,24 @@ class Unit:
     family: Family
 
     def run(
-        self, settings: StudySettings, data: Data, wanted: Iterable[str]
+        self, settings: StudySettings, data: Data, wanted: "Mapping[str, Measure]"
     ) -> dict[str, list[dict[str, Any]]]:
-        """Rows of the wanted measures, by measure."""
+        """Rows of the wanted measures, by name."""
         fitted, fit_cost = self._fitted(data.fitting(self.family.fit_on).loader())
         shown = self.family.shown(data)
         test = fitted.evaluated(list(chain.from_iterable(each.loader() for each in shown)))
+        elsewhere = Elsewhere(fitted, data)
         rows: dict[str, list[dict[str, Any]]] = {measure: [] for measure in wanted}
         for name, tuning in self.family.tunings.items():
-            tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(settings)]
+            tuned = [Tuned.on(test, elsewhere, seed, tuning) for seed in seeds(settings)]
             named = {"arch": self.network.name, "method": name}
-            if "calibration" in rows:
-                cost = fit_cost | self._cost(tuned[0].predictor, data, settings.device)
-                found = [*held_out(tuned, data), *paper(fitted, test, data, settings, tuning)]
-                rows["calibration"] += [{**named, **row, **cost} for row in found]
-            if "ood" in rows:
-                rows["ood"] += [{**named, **row} for row in out_of_distribution(tuned, data)]
-            if "shift" in rows:
-                rows["shift"] += [{**named, **row} for row in under_shift(tuned, data)]
+            for measure, rows_of in wanted.items():
+                found = list(rows_of(tuned, data))
+                if measure == "calibration":
+                    cost = fit_cost | self._cost(tuned[0].predictor, data, settings.device)
+                    found += paper(fitted, test, data, settings, tuning)
+                    found = [{**row, **cost} for row in found]
+                rows[measure] += [{**named, **row} for row in found]
         return rows
 
     def _fitted(self, loader: Iterable[Any]) -> tuple[Predictor, dict[str, Any]]:
@@ -227,31 +232,57 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A method on images that it is never tuned on, each set of which is gone through once.
+
+    Attributes:
+        fitted: The method.
+        data: All images.
+    """
+
+    fitted: Predictor
+    data: Data
+
+    @cached_property
+    def outside(self) -> dict[str, Evaluated]:
+        """By source of images of no class."""
+        sources = self.data.ood.items()
+        return {source: self.fitted.evaluated(images.loader()) for source, images in sources}
+
+    @cached_property
+    def shifted(self) -> dict[tuple[str, int], Evaluated]:
+        """The first test images, by corruption and severity."""
+        kinds = [(kind, severity) for kind in CORRUPTIONS for severity in range(1, 6)]
+        return {each: self.fitted.evaluated(self.data.corrupted(*each).loader()) for each in kinds}
+
+
+@dataclass(frozen=True)
 class Tuned:
     """A method tuned on some test images.
 
     Attributes:
         seed: Drew them.
-        fitted: The method.
         test: Its evaluation of the test images, tuned.
         rest: Rows of the images that it was not tuned on.
+        elsewhere: The method on other images.
     """
 
     seed: int
-    fitted: Predictor
     test: Evaluated
     rest: Tensor
+    elsewhere: Elsewhere
 
     @classmethod
-    def on(cls, test: Evaluated, labels: Tensor, seed: int, tuning: Tune) -> "Tuned":
+    def on(cls, test: Evaluated, elsewhere: Elsewhere, seed: int, tuning: Tune) -> "Tuned":
         """Tune on some of the test images; see `drawn`."""
+        labels = elsewhere.data.test.y
         val, rest = drawn(len(labels), seed)
-        return cls(seed, test.method, tuning(test.copied(), val, labels[val]), rest)
+        return cls(seed, tuning(test.copied(), val, labels[val]), rest, elsewhere)
 
     @property
     def predictor(self) -> Predictor:
         """The method with the numbers that were found, as a user has it."""
-        found = copy.copy(self.fitted)
+        found = copy.copy(self.elsewhere.fitted)
         found.hyperparameters = self.test.hyperparameters
         found.tuning, found.link = self.test.tuning, self.test.link
         return found
@@ -289,8 +320,7 @@ def paper(
 def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """How well each score tells test images from those of each source; lists over the seeds."""
     inside = [each.test.uncertainty([each.rest]) for each in tuned]
-    for source, images in data.ood.items():
-        outside = tuned[0].fitted.evaluated(images.loader())
+    for source, outside in tuned[0].elsewhere.outside.items():
         rows = torch.arange(len(outside))
         at = [outside.copied(each.test).uncertainty([rows]) for each in tuned]
         for score in SCORES:
@@ -303,22 +333,19 @@ def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, An
 
 def under_shift(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """NLL and ECE on corrupted images that a method was not tuned on; lists over the seeds."""
-    for kind in CORRUPTIONS:
-        for severity in range(1, 6):
-            images = data.corrupted(kind, severity)
-            shifted = tuned[0].fitted.evaluated(images.loader())
-            found = []
-            for each in tuned:
-                rows = each.rest[each.rest < len(shifted)]
-                probs = shifted.copied(each.test).predict_proba([rows])
-                found.append(
-                    {
-                        "accuracy": (probs.argmax(1) == images.y[rows]).double().mean().item(),
-                        "nll": negative_log_likelihood(probs, images.y[rows]),
-                        "ece": expected_calibration_error(probs, images.y[rows]),
-                    }
-                )
-            yield {"corruption": kind, "severity": severity, **listed(found)}
+    for (kind, severity), images in tuned[0].elsewhere.shifted.items():
+        found = []
+        for each in tuned:
+            rows = each.rest[each.rest < len(images)]
+            probs, y = images.copied(each.test).predict_proba([rows]), data.test.y[rows]
+            found.append(
+                {
+                    "accuracy": (probs.argmax(1) == y).double().mean().item(),
+                    "nll": negative_log_likelihood(probs, y),
+                    "ece": expected_calibration_error(probs, y),
+                }
+            )
+        yield {"corruption": kind, "severity": severity, **listed(found)}
 
 
 def scores(method: Evaluated, rows: Tensor, data: Data) -> dict[str, Any]:
@@ -388,32 +415,45 @@ def seeds(settings: StudySettings) -> range:
     return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
+Measure = Callable[[list[Tuned], Data], Iterable[dict[str, Any]]]
+"""From one method, tuned for every seed, to rows of a result file."""
+MEASURES: dict[str, Measure] = {
+    "calibration": held_out,
+    "ood": out_of_distribution,
+    "shift": under_shift,
+}
+
+
 def run_suite(
-    settings: StudySettings, families: Iterable[Family], measures: Iterable[str] = MEASURES
+    settings: StudySettings,
+    families: Iterable[Family],
+    measures: Mapping[str, Measure] = MEASURES,
 ) -> None:
     """Run what is missing from the result files of the measures, writing after each unit.
 
     Args:
         settings: Sizes.
         families: What to compare.
-        measures: Of `MEASURES`.
+        measures: By the name of their files.
     """
     families = list(families)
     data = Data(settings)
     kept = kept_settings(settings)
-    sizes = {"calibration": "num_test", "ood": "num_ood", "shift": "num_shift"}
+    sizes = {"calibration": "num_test", "ood": "num_ood"}
     for name in settings.archs:
-        paths = {m: settings.out / f"{m}-{name}.json" for m in measures if kept[sizes[m]]}
-        compared = [size for size in (*SIZES, "seeds", "first_seed") if size in kept]
-        found = {m: earlier_rows(path, kept, compared) for m, path in paths.items()}
-        folder = settings.kept or settings.out / "kept"
-        network = Network.published(name, data.root, folder, settings.device)
+        paths = {
+            m: settings.out / f"{m}-{name}.json"
+            for m in measures
+            if kept[sizes.get(m, "num_shift")]
+        }
+        found = {m: earlier_rows(path, kept, compared(kept)) for m, path in paths.items()}
+        network = Network.published(name, data.root, settings.kept_in, settings.device)
         for family in tqdm(_wanted(families, settings, name), desc=name):
-            missing = [
-                measure
+            missing = {
+                measure: measures[measure]
                 for measure, rows in found.items()
                 if not {row["method"] for row in rows} >= family.tunings.keys()
-            ]
+            }
             if not missing:
                 continue
             for measure, rows in Unit(network, family).run(settings, data, missing).items():
@@ -430,6 +470,11 @@ def _wanted(families: Iterable[Family], settings: StudySettings, name: str) -> l
         if (name != ENSEMBLE or "MAP" in family.tunings)
         and any(part in title for part in wanted for title in family.tunings)
     ]
+
+
+def compared(kept: Iterable[str]) -> list[str]:
+    """Those of the settings that must be the same for rows to stand in one file."""
+    return [name for name in (*SIZES, "seeds", "first_seed") if name in kept]
 
 
 def kept_settings(settings: StudySettings) -> dict[str, Any]:

@@ -10,24 +10,23 @@ images, too, each changed in a way that is none of the tested corruptions.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from _corruptions import CORRUPTIONS
 from _families import QUIET, neural_ef, scaling
+from _images import Data, Images
 from _models import RESNET_DEPTHS
-from _report import pipes
+from _sets import set_rows
 from _settings import option, parsed
 from _store import SampledOnce
-from _study import SCALING, Study
-from _suite import Family, Network, StudySettings, run_suite, tune
+from _suite import MEASURES as SUITE_MEASURES
+from _suite import Family, Network, StudySettings, Tune, run_suite, tune
 from torch import Tensor
 
 from ella import ELLA, Distance, Evaluated, Predictor
 from ella.metrics import negative_log_likelihood
 
-P_NORM = "max_logit_p_norm"
+MEASURES = {**SUITE_MEASURES, "sets": set_rows}
 SCALES = torch.logspace(-0.7, 0.7, 57).tolist()
 """Candidates of τ for temperature scaling with the term."""
 
@@ -51,6 +50,25 @@ class Settings(StudySettings):
     threads: int = option(1, "CPU threads")
 
 
+class Once:
+    """A tuning whose results are kept, for other tunings that begin with it.
+
+    Args:
+        tuning: The tuning.
+    """
+
+    def __init__(self, tuning: Tune) -> None:
+        self.tuning = tuning
+        self._kept: dict[tuple[int, ...], Evaluated] = {}
+
+    def __call__(self, method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+        """A copy of what the tuning made of the method on these rows."""
+        key = (id(method.evaluation), *rows.tolist())
+        if key not in self._kept:
+            self._kept[key] = self.tuning(method, rows, labels)
+        return method.copied(self._kept[key])
+
+
 def with_perturbed(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
     """The search, perturbed copies of the images beside them: the second half of what it knows."""
     copies = rows + len(method) // 2
@@ -66,8 +84,7 @@ def without_term(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
 
 
 def without_posterior(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
-    """The term at the scale that the rule gives it, no posterior, and the best τ beside it."""
-    method.calibrate([(rows, labels)])
+    """Of a method that was tuned: its term, no posterior, and the best τ beside it."""
     chosen, tuning = method.hyperparameters, method.tuning
     assert chosen is not None
     assert tuning is not None
@@ -88,88 +105,29 @@ def families(settings: Settings) -> list[Family]:
         found = SampledOnce(neural_ef(settings), network.stores[0])
         return ELLA(network.model, eigenfunctions=found, distance=Distance(), **QUIET)
 
+    with_term = Once(tune)
     tunings = {
-        "temperature scaling + D": without_posterior,
+        "temperature scaling + D": lambda *given: without_posterior(with_term(*given), *given[1:]),
         "ELLA": without_term,
-        "ELLA + D": tune,
+        "ELLA + D": with_term,
         "ELLA + D, perturbed": with_perturbed,
     }
-    return [
-        Family(scaling, {"temperature scaling": tune}, settings.fit_on),
-        Family(ella, tunings, settings.fit_on, shown=lambda data: [data.test, data.perturbed]),
+
+    def shown(data: Data) -> list[Images]:
+        return [data.test, data.perturbed]
+
+    count = settings.fit_on
+    return [  # the dear one first: the other reads what is kept of its passes
+        Family(ella, tunings, count, shown=shown),
+        Family(scaling, {"temperature scaling": tune}, count),
     ]
-
-
-# The table
-
-
-def distance_table(study: Study) -> str:
-    """A line for each network and method."""
-    sources = list(dict.fromkeys(row["source"] for row in study.rows("ood")))
-    titles = ["network", "method", "NLL", "ECE", "AURC · 10³", "of p-norm"]
-    titles += ["AUROC, mean", *sources, "of variance", "of D", "of energy", "corrected energy"]
-    titles += ["NLL, shift", "ECE, shift"]
-    titles += ["corruptions of 11 below t. s. in NLL", "in ECE", "predict × forward"]
-    lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2)]
-    lines += [
-        [arch, method, *_line(study, sources, arch=arch, method=method)]
-        for arch in study.networks()
-        for method in study.methods()
-        if study.mean("calibration", "nll", arch=arch, method=method) is not None
-    ]
-    settings = study.settings()
-    seeds = f"{settings['first_seed']} to {settings['first_seed'] + settings['seeds'] - 1}"
-    about = f"Seeds {seeds}; {settings['num_inputs']:,} images to learn on, "
-    about += f"{settings['fit_on']:,} for G and distances; {settings['num_ood']:,} of each "
-    about += f"source, {settings['num_shift']} a corruption and severity."
-    return f"{pipes(lines)}\n\n{about}"
-
-
-def _line(study: Study, sources: Sequence[str], **where: str) -> list[str]:
-    def number(measure: str, key: str, form: str, **more: str) -> str:
-        value = study.mean(measure, key, **where, **more)
-        return "–" if value is None or value == 0.5 else form.format(value)
-
-    return [
-        *(number("calibration", key, "{:.4f}") for key in ("nll", "ece")),
-        *(_thousandths(study, score, **where) for score in ("confidence_deficit", P_NORM)),
-        number("ood", "auroc", "{:.4f}", score="entropy"),
-        *(number("ood", "auroc", "{:.3f}", score="entropy", source=each) for each in sources),
-        *(
-            number("ood", "auroc", "{:.4f}", score=score)
-            for score in ("logit_variance", "distance", "energy", "corrected_energy")
-        ),
-        *(number("shift", key, "{:.4f}") for key in ("nll", "ece")),
-        *(_below(study, key, **where) for key in ("nll", "ece")),
-        number("calibration", "predict_ratio", "{:.3f}"),
-    ]
-
-
-def _thousandths(study: Study, score: str, **where: str) -> str:
-    value = study.mean("calibration", f"aurc {score}", **where)
-    return "–" if value is None else f"{1e3 * value:.2f}"
-
-
-def _below(study: Study, key: str, **where: str) -> str:
-    """On how many corruptions, over all severities, it is below temperature scaling."""
-    if where["method"] == SCALING:
-        return "–"
-    scaled = where | {"method": SCALING}
-    pairs = [
-        [study.mean("shift", key, corruption=kind, **each) or 0.0 for each in (where, scaled)]
-        for kind in CORRUPTIONS
-    ]
-    return str(sum(own < other for own, other in pairs))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing."""
     settings = parsed(Settings, __doc__.splitlines()[0], argv)
     torch.set_num_threads(settings.threads)
-    run_suite(settings, families(settings))
-
-
-TABLES: dict[str, Callable[[Study], str]] = {"methods": distance_table}
+    run_suite(settings, families(settings), MEASURES)
 
 
 if __name__ == "__main__":

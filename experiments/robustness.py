@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from _families import MethodSettings, families
 from _settings import option, parsed
-from _suite import run_suite
+from _suite import MEASURES, run_suite
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings(MethodSettings):
 def main(argv: list[str] | None = None) -> None:
     """Run and write a file for each network."""
     settings = parsed(Settings, __doc__.splitlines()[0], argv)
-    run_suite(settings, families(settings), [settings.measure])
+    run_suite(settings, families(settings), {settings.measure: MEASURES[settings.measure]})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import distance
+from _distance_tables import TABLES as DISTANCE_TABLES
 from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
@@ -108,7 +108,7 @@ def table(name: str) -> str:
         folder, key = name.split("/")
         study = Study(EXPERIMENTS / "results" / folder)
         if folder == "distance":
-            return f"{distance.TABLES[key](study)}\n\n{study.machine()}\n"
+            return f"{DISTANCE_TABLES[key](study)}\n\n{study.machine()}\n"
         return f"{TABLES[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     machine = results["environment"]

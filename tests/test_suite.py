@@ -84,7 +84,7 @@ def test_finished_units_are_not_run_again(suite, families, tmp_path, monkeypatch
         suite.run_suite(settings, found)
     suite.run_suite(settings, found)
     assert ran == ["MAP", "temperature scaling", "last-layer Laplace, full"]
-    suite.run_suite(replace(settings, only=None), found, ["ood"])
+    suite.run_suite(replace(settings, only=None), found, {"ood": suite.MEASURES["ood"]})
     assert ran.count("MAP") == 1
     assert "ELLA, NeuralEF" in ran
     settings = replace(settings, num_test=20)
@@ -143,6 +143,10 @@ def test_kept_passes_give_what_the_plain_methods_give(suite, families, kept, mon
     for _ in range(2):
         torch.testing.assert_close(body(x), model(x))
 
+    other = torch.randn(9, 64)
+    expected = model(other)
+    found.evaluated([other])  # activations, of which what the last layer reads is a part
+
     def refuse(*_):
         raise AssertionError("computed again")
 
@@ -151,6 +155,7 @@ def test_kept_passes_give_what_the_plain_methods_give(suite, families, kept, mon
     ELLA(model, eigenfunctions=again, **quiet).fit(loader)
     monkeypatch.setattr(model.hidden, "forward", refuse)
     body(x)
+    torch.testing.assert_close(body(other), expected)
     assert store.seconds > 0
     assert store.bytes > 0
 
