@@ -39,6 +39,8 @@ class Read:
         return cls(torch.cat(features), torch.cat(logits))
 
 
+SHARES = (0.05, 0.2, 0.35, 0.5, *ASH.hyperparameter_space["percentile"])
+"""Of activations that ASH and SCALE leave out: with those of OpenOOD, smaller ones."""
 Score = Callable[[Read], Tensor]
 """From n images to (n,), higher for those that the network knows less about."""
 
@@ -66,15 +68,15 @@ def detectors(known: Known) -> dict[str, dict[str, Score]]:
     """
     return {
         "max logit": {"": lambda read: MaxLogit.score(read.logits)},
-        "max logit, p-norm": {f"p = {p}": p_norm(p) for p in (2, 3, 4, 5, 6, 8)},
-        "energy": {f"T = {t}": energy(t) for t in (0.5, 1.0, 2.0, 4.0, 8.0)},
+        "max logit, p-norm": {f"p = {p}": p_norm(p) for p in (1.5, 2, 3, 4, 5, 6, 8)},
+        "energy": {f"T = {t}": energy(t) for t in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)},
         "GEN": {f"γ = {g}": generalized_entropy(g) for g in GEN.hyperparameter_space["gamma"]},
         "kNN, k = 20": {"": neighbours(known, 20)},
         "kNN, k = 50": {"": neighbours(known, 50)},
         "class Mahalanobis": {"": mahalanobis(known)},
         "ViM": {f"d = {d}": virtual_logit(known, d) for d in (10, 16, 24, 32, 48)},
-        "ASH-S": {f"{p}": shaped(ASH, known, p) for p in ASH.hyperparameter_space["percentile"]},
-        "SCALE": {f"{p}": shaped(SCALE, known, p) for p in ASH.hyperparameter_space["percentile"]},
+        "ASH-S": {f"{p}": shaped(ASH, known, p) for p in SHARES},
+        "SCALE": {f"{p}": shaped(SCALE, known, p) for p in SHARES},
     }
 
 

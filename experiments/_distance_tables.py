@@ -87,16 +87,14 @@ def rivals_table(study: Study) -> str:
             *(_rival_auroc(study, sources, arch=a, method=method) for a in names),
             *(_rival_auroc(study, [source], method=method) for source in sources),
         ]
-    for method in METHODS:
-        for score, title in OWN_SCORES.items():
-            where = {"method": method, "score": score}
-            aurc = [
-                study.mean("calibration", f"aurc {score}", arch=a, method=method) for a in names
-            ]
-            auroc = [study.mean("ood", "auroc", arch=a, **where) for a in names]
-            by_source = [study.mean("ood", "auroc", source=each, **where) for each in sources]
-            if any(value not in (None, 0.5) for value in auroc):
-                lines[f"{method}: {title}"] = [*map(_thousand, aurc), *auroc, *by_source]
+    for method, score in OWN_SCORES:
+        where = {"method": method, "score": score}
+        aurc = [study.mean("calibration", f"aurc {score}", arch=a, method=method) for a in names]
+        lines[f"{method}: {score.replace('_', ' ')}"] = [
+            *map(_thousand, aurc),
+            *(study.mean("ood", "auroc", arch=a, **where) for a in names),
+            *(study.mean("ood", "auroc", source=each, **where) for each in sources),
+        ]
     columns = [f"AURC · 10³, {NETWORKS[a]}" for a in names]
     columns += [f"AUROC, {NETWORKS[a]}" for a in names] + sources
     forms = ["{:.2f}"] * len(names) + ["{:.4f}"] * len(names) + ["{:.3f}"] * len(sources)
@@ -104,15 +102,14 @@ def rivals_table(study: Study) -> str:
     return grid("score", columns, lines, forms, best)
 
 
-OWN_SCORES = {
-    "confidence_deficit": "max-softmax",
-    "entropy": "entropy",
-    "energy": "energy",
-    "corrected_energy": "corrected energy",
-    "logit_variance": "logit variance",
-    "max_logit_p_norm": "p-norm, p = 3",
-    "distance": "D",
-}
+PROBABILITIES = ("confidence_deficit", "entropy")
+OWN_SCORES = [
+    *((method, score) for method in METHODS[:3:2] for score in PROBABILITIES),
+    *((m, score) for m in METHODS[1::2] for score in (*PROBABILITIES, "corrected_energy")),
+    *(("ELLA + D", score) for score in ("logit_variance", "distance")),
+    *((METHODS[4], score) for score in (*PROBABILITIES, "corrected_energy")),
+]
+"""Of our methods: those that say something that no other line says."""
 
 
 def _rival_auroc(study: Study, sources: Iterable[str], **where: str) -> float | None:
@@ -157,8 +154,110 @@ def _mean(rows: Sequence[Row], keys: Sequence[str]) -> float:
     return statistics.fmean(row[key] for row in rows for key in keys)
 
 
+# Sets
+
+SET_METHODS = METHODS[:4]
+GROUPS = ("all", "all agree", "most", "some", "severity 1", "severity 3", "severity 5")
+
+
+def sets_table(study: Study) -> str:
+    """Size and coverage of conformal sets, means over networks."""
+    titles = ["score, level: method"]
+    titles += [f"{what}, {group}" for group in GROUPS for what in ("size", "coverage")]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    kinds = dict.fromkeys((row["score"], row["level"]) for row in study.rows("sets"))
+    for score, level in kinds:
+        for method in SET_METHODS:
+            where = {"score": score, "level": level, "method": method}
+            cells = [
+                form.format(study.mean("sets", f"{what} {group}", **where))
+                for group in GROUPS
+                for what, form in (("size", "{:.2f}"), ("coverage", "{:.3f}"))
+            ]
+            lines.append([f"{score.upper()}, {level}: {method}", *cells])
+    return pipes(lines)
+
+
+# What it had to reach
+
+
+def goals_table(study: Study) -> str:
+    """Of both ways to tune the term, on each network."""
+    lines = [["goal", "wanted", *(f"{m}, {NETWORKS[a]}" for m, a in _ours(study))]]
+    lines.append(["---", "---:"] + ["---:"] * (len(lines[0]) - 2))
+    for name, wanted, found in GOALS:
+        cells = [found(study, arch, method) for method, arch in _ours(study)]
+        texts = (text if reached else f"**{text}**" for text, reached in cells)
+        lines.append([name, wanted, *texts])
+    return f"{pipes(lines)}\n\nIn bold what was not reached."
+
+
+def _ours(study: Study) -> list[tuple[str, str]]:
+    pairs = [(method, arch) for arch in study.networks() for method in METHODS[3:]]
+    return [(m, a) for m, a in pairs if study.mean("calibration", "nll", method=m, arch=a)]
+
+
+Verdict = tuple[str, bool]
+
+
+def _cost(study: Study, arch: str, method: str) -> Verdict:
+    own, other = (_known(study, "calibration", "nll", arch, m) for m in (method, "ELLA"))
+    return f"{own - other:+.4f}", own - other <= 0.0005
+
+
+def _mean_auroc(study: Study, arch: str, method: str) -> Verdict:
+    found = _known(study, "ood", "auroc", arch, method, score="entropy")
+    return f"{found:.4f}", found >= 0.935
+
+
+def _sources_won(study: Study, arch: str, method: str) -> Verdict:
+    def auroc(m: str, score: str, source: str) -> float:
+        return _known(study, "ood", "auroc", arch, m, score=score, source=source)
+
+    sources = _sources(study)
+    won = sum(
+        auroc(method, "entropy", each)
+        > max(auroc(SCALING, "entropy", each), auroc(SCALING, "energy", each))
+        for each in sources
+    )
+    return f"{won} of {len(sources)}", won == len(sources)
+
+
+def _shifts_won(study: Study, arch: str, method: str) -> Verdict:
+    both = [_below(study, key, arch=arch, method=method) for key in ("nll", "ece")]
+    return ", ".join(both), both == [str(len(CORRUPTIONS))] * 2
+
+
+def _calibrated(study: Study, arch: str, method: str) -> Verdict:
+    own, other = (_known(study, "calibration", "ece", arch, m) for m in (method, SCALING))
+    return f"{own - other:+.4f}", own <= other
+
+
+def _ranked(study: Study, arch: str, method: str) -> Verdict:
+    scores = ("confidence_deficit", P_NORM)
+    own, other = (_known(study, "calibration", f"aurc {s}", arch, method) for s in scores)
+    return f"{1e3 * (own - other):+.2f}", own <= other
+
+
+def _known(study: Study, measure: str, key: str, arch: str, method: str, **where: str) -> float:
+    found = study.mean(measure, key, arch=arch, method=method, **where)
+    if found is None:
+        raise ValueError(f"The study lacks {method} on {arch}. Run it first.")
+    return found
+
+
+GOALS: tuple[tuple[str, str, Callable[[Study, str, str], Verdict]], ...] = (
+    ("NLL above ELLA's without the term", "≤ .0005", _cost),
+    ("mean AUROC of the entropy", "≥ .935", _mean_auroc),
+    ("sources above temperature scaling's entropy and energy", "4 of 4", _sources_won),
+    ("corruptions below temperature scaling in NLL, in ECE", "11, 11", _shifts_won),
+    ("ECE above temperature scaling's", "≤ 0", _calibrated),
+    ("AURC · 10³ above the p-norm's", "≤ 0", _ranked),
+)
 TABLES: dict[str, Callable[[Study], str]] = {
     "methods": distance_table,
+    "goals": goals_table,
     "rivals": rivals_table,
     "recalibrated": recalibrated_table,
+    "sets": sets_table,
 }

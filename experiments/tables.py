@@ -107,7 +107,7 @@ def table(name: str) -> str:
     if "/" in name:
         folder, key = name.split("/")
         study = Study(EXPERIMENTS / "results" / folder)
-        if folder == "distance":
+        if folder in ("distance", "rivals"):
             return f"{DISTANCE_TABLES[key](study)}\n\n{study.machine()}\n"
         return f"{TABLES[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
