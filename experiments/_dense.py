@@ -13,7 +13,7 @@ al., 2009); tRuEcasIng (Lita et al., 2003), for the task.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ if str(SPECTRAL) not in sys.path:  # where the pictures are read
 
 from _data import data_root  # noqa: E402
 from _minilm import MAX_TOKENS, drawn, packages, table, tiny_tagger  # noqa: E402
+from _models import descend  # noqa: E402
 from _scenes import VOID, Scenes, camvid, textured_scenes  # noqa: E402
 
 IGNORED = -100
@@ -188,21 +189,19 @@ def fit_network(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """AdamW with a one-cycle learning rate, batches in random order; leaves it in eval mode."""
-    model.train()
+    """Fit to batches in random order; leaves it in eval mode. See `descend`."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    for _ in range(epochs):
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            x, y = batches[i]
-            logits = model(**x).logits.mT if isinstance(x, dict) else model(x)
-            optimizer.zero_grad()
-            F.cross_entropy(logits, y, ignore_index=ignored).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval().zero_grad()
+
+    def shuffled() -> Iterator[tuple[Any, Tensor]]:
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return (batches[i] for i in order)
+
+    def loss(x: Any, y: Tensor) -> Tensor:  # noqa: ANN401 - a tensor or a mapping
+        logits = model(**x).logits.mT if isinstance(x, dict) else model(x)
+        return F.cross_entropy(logits, y, ignore_index=ignored)
+
+    pace = {"learning_rate": learning_rate, "weight_decay": 0.01}
+    descend(model, shuffled, loss, epochs * len(batches), **pace)
 
 
 TASKS: dict[str, Callable[..., DenseTask]] = {

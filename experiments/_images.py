@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from _data import Task, data_root, load_idx, load_mosaic, load_task, normalize
+from _perturb import perturbed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import RandomResizedCrop
@@ -94,6 +95,13 @@ class Data:
             name: Images(x[:count], torch.zeros(len(x[:count]), dtype=torch.long))
             for name, x in sources.items()
         }
+
+    @cached_property
+    def perturbed(self) -> Images:
+        """Test images, each changed in a way that is none of the tested corruptions."""
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.task.mean, self.task.std))
+        pixels = (self.test.x * std + mean).clamp(0, 1)
+        return Images((perturbed(pixels) - mean) / std, self.test.y)
 
     def corrupted(self, kind: str, severity: int) -> Images:
         """The first test images, corrupted; made once."""

@@ -1,9 +1,10 @@
 """Classifiers of the experiments: small convolution nets trained here, published CIFAR ResNets."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -275,23 +276,56 @@ def fine_tune(
     Returns:
         `model`, in eval mode.
     """
-    model.to(device).train()
+    model.to(device)
     inputs, labels = (tensor.to(device) for tensor in dataset.tensors)
-    batches_per_epoch = -(-len(inputs) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * batches_per_epoch
-    )
+    count = -(-len(inputs) // batch_size)
+
+    def shuffled() -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(inputs), generator=generator)
+        # Parts of equal size: a short last batch would disturb the BatchNorm statistics.
+        return ((inputs[rows], labels[rows]) for rows in order.tensor_split(count))
+
+    def batch_loss(x: Tensor, y: Tensor) -> Tensor:
+        return loss(model(x), y)
+
+    pace = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     with _cpu_threads(num_threads):
-        for _ in range(epochs):
-            order = torch.randperm(len(inputs), generator=generator)
-            # Parts of equal size: a short last batch would disturb the BatchNorm statistics.
-            for rows in order.tensor_split(batches_per_epoch):
-                value = loss(model(inputs[rows]), labels[rows])
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                schedule.step()
+        return descend(model, shuffled, batch_loss, epochs * count, **pace)
+
+
+def descend(
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[Any, Tensor]]],
+    loss: Callable[[Any, Tensor], Tensor],
+    steps: int,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+) -> nn.Module:
+    """AdamW with a one-cycle learning rate.
+
+    Args:
+        model: Trained in place, from the weights it has.
+        batches: Gives those of one epoch, (x, y).
+        loss: From a batch to its mean loss.
+        steps: In all; epochs follow one another until then.
+        learning_rate: Peak of the cycle.
+        weight_decay: As in AdamW.
+
+    Returns:
+        `model`, in eval mode.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    epochs = chain.from_iterable(batches() for _ in repeat(None))
+    for x, y in islice(epochs, steps):
+        value = loss(x, y)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+    model.zero_grad()
     return model.eval()
 
 

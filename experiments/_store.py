@@ -56,14 +56,10 @@ class Store:
         """
         if not self.open:
             return make()
+        found = self.known(name)
+        if found is not None:
+            return found
         path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, framework="pt") as file:
-                kept = json.loads((file.metadata() or {})["kept"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self.seconds += kept["seconds"]
-            self.bytes = max(self.bytes, kept["bytes"])
-            return tensors, kept["settings"]
         with memory or nullcontext():
             (tensors, settings), seconds = cpu_timed(make)
         cost = {"seconds": seconds, "bytes": memory.bytes if memory else 0}
@@ -74,6 +70,18 @@ class Store:
         save_file(whole, partial, metadata=metadata)
         partial.rename(path)
         return tensors, settings
+
+    def known(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What is kept under a name; None if nothing is."""
+        path = self.folder / f"{name}.safetensors"
+        if not (self.open and path.exists()):
+            return None
+        with safe_open(path, framework="pt") as file:
+            kept = json.loads((file.metadata() or {})["kept"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.seconds += kept["seconds"]
+        self.bytes = max(self.bytes, kept["bytes"])
+        return tensors, kept["settings"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
         """Itself: copies of a model that holds a store use the same one."""
@@ -141,8 +149,13 @@ class KeptTaps(FeatureTaps):
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             logits, activations = super(KeptTaps, self).__call__(x)
-            return {"logits": logits, "activations": activations}, {}
+            return {"logits": logits, "activations": activations}, {"penultimate": place}
 
+        place, end = None, 0
+        for tap in self.taps:
+            start, end = end, end + (tap.width or 0)
+            if (tap.module, tap.side) == ("fc", "input"):
+                place = [start, end]
         kept = self.store.get(f"activations-{digest(x)}", make)[0]
         return kept["logits"].to(x.device), kept["activations"].to(x.device)
 
@@ -163,8 +176,15 @@ class KeptBody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, c)."""
-        if not self.store.open:
-            return self.network(x)
+        return self.fc(self.penultimate(x)) if self.store.open else self.network(x)
+
+    def penultimate(self, x: Tensor) -> Tensor:
+        """What the last layer reads, (n, d); a part of the activations, if those are kept."""
+        name = digest(x)
+        whole = self.store.known(f"activations-{name}")
+        if whole is not None and whole[1].get("penultimate"):
+            start, end = whole[1]["penultimate"]
+            return whole[0]["activations"][:, start:end].to(x.device)
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             read: list[Tensor] = []
@@ -177,8 +197,8 @@ class KeptBody(nn.Module):
                 handle.remove()
             return {"penultimate": read[0]}, {}
 
-        kept = self.store.get(f"penultimate-{digest(x)}", make)[0]
-        return self.fc(kept["penultimate"].to(x.device))
+        kept = self.store.get(f"penultimate-{name}", make)[0]
+        return kept["penultimate"].to(x.device)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Study:
         found = [
             statistics.fmean(row[key]) if isinstance(row[key], list) else row[key]
             for row in self.rows(measure)
-            if all(row.get(name) == value for name, value in where.items())
+            if key in row and all(row.get(name) == value for name, value in where.items())
         ]
         return statistics.fmean(found) if found else None
 
@@ -105,15 +105,20 @@ class Study:
 
     def line(self) -> str:
         """What was run, and where."""
-        machine = self._file("calibration", self.networks()[0])["environment"]
         sizes = self.settings()
-        where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
+        machine = self.machine()
         return (
             f"Seeds {sizes['first_seed']} to {sizes['first_seed'] + sizes['seeds'] - 1}; "
             f"{sizes['num_test']:,} test images; G from {sizes['fit_on']:,} training images "
             f"({sizes['fit_slow_on']:,} for exact products), {sizes['num_inputs']:,} images for "
-            f"NeuralEF; torch {machine['torch']}; {where}."
+            f"NeuralEF; {machine[0].lower()}{machine[1:]}"
         )
+
+    def machine(self) -> str:
+        """Where it was run."""
+        machine = self._file("calibration", self.networks()[0])["environment"]
+        where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"
+        return f"Torch {machine['torch']}; {where}."
 
     def _names(self, measure: str) -> list[str]:
         order = [*NETWORKS, ENSEMBLE]

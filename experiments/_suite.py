@@ -1,5 +1,6 @@
 """The CIFAR-10 study: published ResNets, each method fitted once and tuned and scored often.
 
+What is compared is passed in: `_families.py` and `distance.py` have methods for it.
 One unit of work is a family of methods on one network: what is fitted and evaluated once on every
 set of images, then tuned and scored for every seed and protocol. Finished units are in the result
 files, one for each network, so a run that was killed goes on where it stopped, and networks can
@@ -7,32 +8,30 @@ run side by side.
 
 Protocol A tunes on 2,000 randomly cropped training images (as the ELLA paper does), drawn by the
 seed, and tests on all test images. Protocol B tunes on 2,000 test images and tests on the others
-(a quarter of the test images, where fewer than 8,000 are used).
+(a quarter of the test images, where fewer than 8,000 are used). Without cropped images, of which
+there are none at `--num-cropped 0`, only B is run.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from _corruptions import CORRUPTIONS
-from _images import Data
+from _images import Data, Images
 from _models import RESNET_DEPTHS, Ensemble, checkpoint_path, load_model
 from _report import PeakMemory, cpu_timed, earlier_rows, save_results
 from _settings import OnDevice, option, recorded
-from _store import KeptBody, ProjectedOnce, SampledOnce, Store
+from _store import KeptBody, Store
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ella import ELLA, Evaluated, NeuralEF, Nystrom, Predictor, Training, Uncertainty, entropy
-from ella.baselines import (
-    KroneckerLaplace,
-    LastLayerLaplace,
-    NystromLaplace,
-    TemperatureScaling,
-)
+from ella import Evaluated, Predictor, entropy
 from ella.metrics import (
     area_under_risk_coverage,
     aupr,
@@ -48,11 +47,11 @@ from ella.metrics import (
 )
 from ella.report import forward_ratio
 
-MEASURES = ("calibration", "ood", "shift")
-SCORES = ("confidence_deficit", "entropy", "mutual_information", "logit_variance", "energy")
+SCORES = (
+    *("confidence_deficit", "entropy", "mutual_information", "logit_variance"),
+    *("energy", "corrected_energy", "max_logit_p_norm", "distance"),
+)
 NUM_VAL = 2000
-PAPER_PRECISION = 25.0
-"""δ of the ELLA paper on CIFAR-10."""
 COVERAGES = 50
 ENSEMBLE = "ensemble"
 ARCHS = (*(f"resnet{depth}" for depth in RESNET_DEPTHS), ENSEMBLE)
@@ -81,13 +80,10 @@ class StudySettings(OnDevice):
         seeds: How many.
         first_seed: The first of them.
         only: Parts of the names of the methods to run, a|b|c.
-        slow: Whether to add what takes hours without a GPU.
         fit_on: Training images for G.
-        fit_slow_on: The same for methods that need exact Jacobians.
         num_inputs: Images that NeuralEF learns on.
         num_directions: See `NeuralEF`.
-        num_rows: Rows of Nyström.
-        num_cropped: Images to tune on in protocol A.
+        num_cropped: Images to tune on in protocol A; 0 leaves it out.
         num_test: Test images.
         num_ood: Images of each source that is out of distribution.
         num_shift: Images of each corruption.
@@ -98,16 +94,18 @@ class StudySettings(OnDevice):
     seeds: int = option(5, "how many")
     first_seed: int = option(0, "the first of them")
     only: str | None = option(None, "run the methods whose name contains one of these, a|b|c")
-    slow: bool = option(False, "add what takes hours without a GPU")
     fit_on: int = option(50_000, "training images for G")
-    fit_slow_on: int = option(50_000, "for exact Jacobians")
     num_inputs: int = option(50_000, "images NeuralEF learns on")
     num_directions: int = option(256, "see NeuralEF")
-    num_rows: int = option(2000, "rows of Nyström")
-    num_cropped: int = option(10_000, "to tune on, protocol A")
+    num_cropped: int = option(10_000, "to tune on, protocol A; 0: none")
     num_test: int = option(10_000, "test images")
     num_ood: int = option(5000, "of each source; 0: none")
     num_shift: int = option(2000, "images a corruption; 0: none")
+
+    @property
+    def kept_in(self) -> Path:
+        """The folder of what is computed once."""
+        return self.kept or self.out / "kept"
 
 
 @dataclass(frozen=True)
@@ -165,98 +163,16 @@ class Family:
     Attributes:
         make: From a network to an unfitted method.
         tunings: From names in the tables to tunings of (evaluated method, rows, their labels).
+        fit_on: Training images for G.
         slow: Whether it needs Jacobians of every image, which takes hours without a GPU.
+        shown: What a method is evaluated on once: the test images, then whatever else tunings use.
     """
 
     make: Callable[[Network], Predictor]
-    tunings: dict[str, Tune] = field(default_factory=dict)
+    tunings: dict[str, Tune]
+    fit_on: int
     slow: bool = False
-
-
-def families(settings: StudySettings) -> list[Family]:
-    """All methods."""
-    quiet: dict[str, Any] = {"progress": False}
-    size: dict[str, Any] = {
-        "num_inputs": settings.num_inputs,
-        "num_directions": settings.num_directions,
-    }
-    if settings.smoke:
-        short = Training(steps=30, batch_size=32)
-        size |= {"rank": 4, "num_directions": 16, "width": 16, "teacher": short}
-    rank, few = (6, 4) if settings.smoke else (64, 20)
-    exact = Nystrom(rank, settings.num_rows, residual="exact")
-
-    def last_layer(structure: str) -> Callable[[Network], Predictor]:
-        return lambda network: LastLayerLaplace(network.body, structure=structure, **quiet)
-
-    def nystrom(k: int, residual: str) -> Callable[[Network], Predictor]:
-        def make(network: Network) -> Predictor:
-            found = ProjectedOnce(exact, k, network.stores[0], residual)
-            return ELLA(network.model, eigenfunctions=found, **quiet)
-
-        return make
-
-    def neural(residual: str) -> Callable[[Network], Predictor]:
-        def make(network: Network) -> Predictor:
-            found = SampledOnce(NeuralEF(**size, residual=residual), network.stores[0])
-            return ELLA(network.model, eigenfunctions=found, **quiet)
-
-        return make
-
-    def published(network: Network) -> Predictor:
-        return NystromLaplace(network.model, rank=few, subsample=settings.num_rows, **quiet)
-
-    def paper(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
-        return stopped_early(method, rows, labels, settings.fit_slow_on)
-
-    plain = {"MAP": keep, "temperature scaling": tune}
-    return [
-        Family(lambda network: TemperatureScaling(network.body, **quiet), plain),
-        Family(last_layer("full"), {"last-layer Laplace, full": tune}),
-        Family(last_layer("kron"), {"last-layer Laplace, Kronecker": tune}),
-        Family(neural("diag"), {"ELLA, NeuralEF": tune}),
-        Family(neural("factor"), {"ELLA, NeuralEF, factor": tune}),
-        Family(
-            nystrom(few, "none"),
-            {
-                "ELLA, Nyström k = 20, as in the paper": paper,
-                "ELLA, Nyström k = 20, no residual": tune,
-            },
-            slow=True,
-        ),
-        Family(nystrom(few, "diag"), {"ELLA, Nyström k = 20": tune}, slow=True),
-        Family(nystrom(rank, "diag"), {"ELLA, Nyström k = 64": tune}, slow=True),
-        Family(nystrom(rank, "exact"), {"ELLA, Nyström k = 64, full residual": tune}, slow=True),
-        Family(published, {"laplace-torch ELLA, k = 20": tune}, slow=True),
-        Family(
-            lambda network: KroneckerLaplace(network.model, **quiet),
-            {"Kronecker Laplace, all weights": tune},
-            slow=True,
-        ),
-    ]
-
-
-def stopped_early(
-    method: Evaluated, rows: Tensor, labels: Tensor, fitted_on: int, num_train: int = 50_000
-) -> Evaluated:
-    """The paper's choice: how many examples n to stop after, by validation NLL, at δ = 25.
-
-    It scales the prior by n/N on the way, so stopping is tempering: with G summed over m of N
-    examples, :math:`S = (m/n) φ (G + δ m/N)^{-1} φ^T` (G growing evenly).
-    """
-    start = method.hyperparameters
-    assert start is not None
-    scores = {}
-    for n in range(1000, num_train + 1, 1000):
-        precision = PAPER_PRECISION * fitted_on / num_train
-        method.hyperparameters = replace(
-            start, prior_precision=precision, temperature=fitted_on / n, logit_temperature=1.0
-        )
-        scores[n] = negative_log_likelihood(method.predict_proba([rows], n_samples=64), labels)
-    best = min(scores, key=lambda n: scores[n])
-    assert method.hyperparameters is not None
-    method.hyperparameters = replace(method.hyperparameters, temperature=fitted_on / best)
-    return method
+    shown: Callable[[Data], Sequence[Images]] = lambda data: [data.test]
 
 
 @dataclass(frozen=True)
@@ -272,24 +188,24 @@ class Unit:
     family: Family
 
     def run(
-        self, settings: StudySettings, data: Data, wanted: Iterable[str]
+        self, settings: StudySettings, data: Data, wanted: "Mapping[str, Measure]"
     ) -> dict[str, list[dict[str, Any]]]:
-        """Rows of the wanted measures, by measure."""
-        count = settings.fit_slow_on if self.family.slow else settings.fit_on
-        fitted, cost = self._fitted(data.fitting(count).loader())
-        cost |= self._cost(fitted, data, settings.device)
-        test = fitted.evaluated(data.test.loader())
+        """Rows of the wanted measures, by name."""
+        fitted, fit_cost = self._fitted(data.fitting(self.family.fit_on).loader())
+        shown = self.family.shown(data)
+        test = fitted.evaluated(list(chain.from_iterable(each.loader() for each in shown)))
+        elsewhere = Elsewhere(fitted, data)
         rows: dict[str, list[dict[str, Any]]] = {measure: [] for measure in wanted}
         for name, tuning in self.family.tunings.items():
-            tuned = [Tuned.on(test, data.test.y, seed, tuning) for seed in seeds(settings)]
+            tuned = [Tuned.on(test, elsewhere, seed, tuning) for seed in seeds(settings)]
             named = {"arch": self.network.name, "method": name}
-            if "calibration" in rows:
-                found = [*held_out(tuned, data), *paper(fitted, test, data, settings, tuning)]
-                rows["calibration"] += [{**named, **row, **cost} for row in found]
-            if "ood" in rows:
-                rows["ood"] += [{**named, **row} for row in out_of_distribution(tuned, data)]
-            if "shift" in rows:
-                rows["shift"] += [{**named, **row} for row in under_shift(tuned, data)]
+            for measure, rows_of in wanted.items():
+                found = list(rows_of(tuned, data))
+                if measure == "calibration":
+                    cost = fit_cost | self._cost(tuned[0].predictor, data, settings.device)
+                    found += paper(fitted, test, data, settings, tuning)
+                    found = [{**row, **cost} for row in found]
+                rows[measure] += [{**named, **row} for row in found]
         return rows
 
     def _fitted(self, loader: Iterable[Any]) -> tuple[Predictor, dict[str, Any]]:
@@ -317,34 +233,73 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A method on images that it is never tuned on, each set of which is gone through once.
+
+    Attributes:
+        fitted: The method.
+        data: All images.
+    """
+
+    fitted: Predictor
+    data: Data
+
+    @cached_property
+    def outside(self) -> dict[str, Evaluated]:
+        """By source of images of no class."""
+        sources = self.data.ood.items()
+        return {source: self.fitted.evaluated(images.loader()) for source, images in sources}
+
+    @cached_property
+    def shifted(self) -> dict[tuple[str, int], Evaluated]:
+        """The first test images, by corruption and severity."""
+        kinds = [(kind, severity) for kind in CORRUPTIONS for severity in range(1, 6)]
+        return {each: self.fitted.evaluated(self.data.corrupted(*each).loader()) for each in kinds}
+
+
+@dataclass(frozen=True)
 class Tuned:
     """A method tuned on some test images.
 
     Attributes:
         seed: Drew them.
-        fitted: The method.
         test: Its evaluation of the test images, tuned.
         rest: Rows of the images that it was not tuned on.
+        elsewhere: The method on other images.
     """
 
     seed: int
-    fitted: Predictor
     test: Evaluated
     rest: Tensor
+    elsewhere: Elsewhere
 
     @classmethod
-    def on(cls, test: Evaluated, labels: Tensor, seed: int, tuning: Tune) -> "Tuned":
-        """Tune on 2,000 of the test images, or on a quarter of them if that is less."""
-        order = torch.randperm(len(test), generator=_seeded(seed))
-        num_val = min(NUM_VAL, len(test) // 4)
-        val, rest = order[:num_val], order[num_val:]
-        return cls(seed, test.method, tuning(test.copied(), val, labels[val]), rest)
+    def on(cls, test: Evaluated, elsewhere: Elsewhere, seed: int, tuning: Tune) -> "Tuned":
+        """Tune on some of the test images; see `drawn`."""
+        labels = elsewhere.data.test.y
+        val, rest = drawn(len(labels), seed)
+        return cls(seed, tuning(test.copied(), val, labels[val]), rest, elsewhere)
+
+    @property
+    def predictor(self) -> Predictor:
+        """The method with the numbers that were found, as a user has it."""
+        found = copy.copy(self.elsewhere.fitted)
+        found.hyperparameters = self.test.hyperparameters
+        found.tuning, found.link = self.test.tuning, self.test.link
+        return found
+
+
+def drawn(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of the test images to tune on, 2,000 or a quarter if that is less, and the others."""
+    order = torch.randperm(count, generator=_seeded(seed))
+    num_val = min(NUM_VAL, count // 4)
+    return order[:num_val], order[num_val:]
 
 
 def held_out(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """Protocol B: tuned on some test images, tested on the others."""
     for each in tuned:
-        found = scores(each.test, each.rest, data)
+        found = scores(each.test, each.rest, data) | ranking(each.test, each.rest, data)
         yield {"protocol": "B", "seed": each.seed, **found, **chosen(each.test)}
 
 
@@ -352,46 +307,46 @@ def paper(
     fitted: Predictor, test: Evaluated, data: Data, settings: StudySettings, tuning: Tune
 ) -> Iterator[dict[str, Any]]:
     """Protocol A: tuned on cropped training images, tested on all test images."""
+    if not settings.num_cropped:
+        return
     cropped = fitted.evaluated(data.cropped.loader())
     for seed in seeds(settings):
         rows = torch.randperm(len(cropped), generator=_seeded(seed))[:NUM_VAL]
         other = tuning(cropped.copied(), rows, data.cropped.y[rows])
         tuned = test.copied(other)
-        found = scores(tuned, torch.arange(len(test)), data)
+        found = scores(tuned, torch.arange(len(data.test.y)), data)
         yield {"protocol": "A", "seed": seed, **found, **chosen(other)}
 
 
 def out_of_distribution(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """How well each score tells test images from those of each source; lists over the seeds."""
     inside = [each.test.uncertainty([each.rest]) for each in tuned]
-    for source, images in data.ood.items():
-        outside = tuned[0].fitted.evaluated(images.loader())
+    for source, outside in tuned[0].elsewhere.outside.items():
         rows = torch.arange(len(outside))
         at = [outside.copied(each.test).uncertainty([rows]) for each in tuned]
         for score in SCORES:
+            if getattr(inside[0], score) is None:
+                continue
             pairs = zip(inside, at, strict=True)
-            found = [detection(first, second, score) for first, second in pairs]
+            found = [detection(getattr(a, score), getattr(b, score)) for a, b in pairs]
             yield {"source": source, "score": score, **listed(found)}
 
 
 def under_shift(tuned: list[Tuned], data: Data) -> Iterator[dict[str, Any]]:
     """NLL and ECE on corrupted images that a method was not tuned on; lists over the seeds."""
-    for kind in CORRUPTIONS:
-        for severity in range(1, 6):
-            images = data.corrupted(kind, severity)
-            shifted = tuned[0].fitted.evaluated(images.loader())
-            found = []
-            for each in tuned:
-                rows = each.rest[each.rest < len(shifted)]
-                probs = shifted.copied(each.test).predict_proba([rows])
-                found.append(
-                    {
-                        "accuracy": (probs.argmax(1) == images.y[rows]).double().mean().item(),
-                        "nll": negative_log_likelihood(probs, images.y[rows]),
-                        "ece": expected_calibration_error(probs, images.y[rows]),
-                    }
-                )
-            yield {"corruption": kind, "severity": severity, **listed(found)}
+    for (kind, severity), images in tuned[0].elsewhere.shifted.items():
+        found = []
+        for each in tuned:
+            rows = each.rest[each.rest < len(images)]
+            probs, y = images.copied(each.test).predict_proba([rows]), data.test.y[rows]
+            found.append(
+                {
+                    "accuracy": (probs.argmax(1) == y).double().mean().item(),
+                    "nll": negative_log_likelihood(probs, y),
+                    "ece": expected_calibration_error(probs, y),
+                }
+            )
+        yield {"corruption": kind, "severity": severity, **listed(found)}
 
 
 def scores(method: Evaluated, rows: Tensor, data: Data) -> dict[str, Any]:
@@ -421,9 +376,21 @@ def probability_scores(probs: Tensor, labels: Tensor, human: Tensor) -> dict[str
     }
 
 
-def detection(inside: Uncertainty, outside: Uncertainty, score: str) -> dict[str, float]:
-    """How well one score tells the two apart; a score that is constant detects nothing."""
-    pair = getattr(inside, score), getattr(outside, score)
+def ranking(method: Evaluated, rows: Tensor, data: Data) -> dict[str, float]:
+    """AURC of each score: the mean error rate of those it lets pass, over how many that are."""
+    wrong = method.predict([rows]).cpu() != data.test.y[rows]
+    found = method.uncertainty([rows])
+    scores = {score: getattr(found, score) for score in SCORES}
+    return {
+        f"aurc {score}": area_under_risk_coverage(values.cpu(), wrong)
+        for score, values in scores.items()
+        if values is not None
+    }
+
+
+def detection(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """How well a score tells the two apart; a score that is constant detects nothing."""
+    pair = inside, outside
     return {"auroc": auroc(*pair), "aupr": aupr(*pair), "fpr95": fpr_at_95_tpr(*pair)}
 
 
@@ -435,6 +402,7 @@ def chosen(method: Evaluated) -> dict[str, float]:
         "prior_precision": found.prior_precision,
         "temperature": found.temperature,
         "logit_temperature": found.logit_temperature,
+        "distance_scale": found.distance_scale,
     }
 
 
@@ -448,23 +416,45 @@ def seeds(settings: StudySettings) -> range:
     return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
-def run_suite(settings: StudySettings, measures: Iterable[str] = MEASURES) -> None:
-    """Run what is missing from the result files of the measures, writing after each unit."""
+Measure = Callable[[list[Tuned], Data], Iterable[dict[str, Any]]]
+"""From one method, tuned for every seed, to rows of a result file."""
+MEASURES: dict[str, Measure] = {
+    "calibration": held_out,
+    "ood": out_of_distribution,
+    "shift": under_shift,
+}
+
+
+def run_suite(
+    settings: StudySettings,
+    families: Iterable[Family],
+    measures: Mapping[str, Measure] = MEASURES,
+) -> None:
+    """Run what is missing from the result files of the measures, writing after each unit.
+
+    Args:
+        settings: Sizes.
+        families: What to compare.
+        measures: By the name of their files.
+    """
+    families = list(families)
     data = Data(settings)
     kept = kept_settings(settings)
-    sizes = {"calibration": "num_test", "ood": "num_ood", "shift": "num_shift"}
+    sizes = {"calibration": "num_test", "ood": "num_ood"}
     for name in settings.archs:
-        paths = {m: settings.out / f"{m}-{name}.json" for m in measures if kept[sizes[m]]}
-        compared = (*SIZES, "seeds", "first_seed")
-        found = {m: earlier_rows(path, kept, compared) for m, path in paths.items()}
-        folder = settings.kept or settings.out / "kept"
-        network = Network.published(name, data.root, folder, settings.device)
-        for family in tqdm(_chosen_families(settings, name), desc=name):
-            missing = [
-                measure
+        paths = {
+            m: settings.out / f"{m}-{name}.json"
+            for m in measures
+            if kept[sizes.get(m, "num_shift")]
+        }
+        found = {m: earlier_rows(path, kept, compared(kept)) for m, path in paths.items()}
+        network = Network.published(name, data.root, settings.kept_in, settings.device)
+        for family in tqdm(_wanted(families, settings, name), desc=name):
+            missing = {
+                measure: measures[measure]
                 for measure, rows in found.items()
                 if not {row["method"] for row in rows} >= family.tunings.keys()
-            ]
+            }
             if not missing:
                 continue
             for measure, rows in Unit(network, family).run(settings, data, missing).items():
@@ -472,16 +462,20 @@ def run_suite(settings: StudySettings, measures: Iterable[str] = MEASURES) -> No
                 save_results(paths[measure], kept, found[measure])
 
 
-def _chosen_families(settings: StudySettings, name: str) -> list[Family]:
-    """Those that `--only` and `--slow` leave; of the ensemble, the plain ones."""
+def _wanted(families: Iterable[Family], settings: StudySettings, name: str) -> list[Family]:
+    """Those that `--only` leaves; of the ensemble, the plain ones."""
     wanted = settings.only.split("|") if settings.only else [""]
     return [
         family
-        for family in families(settings)
-        if (settings.slow or not family.slow)
-        and (name != ENSEMBLE or "MAP" in family.tunings)
+        for family in families
+        if (name != ENSEMBLE or "MAP" in family.tunings)
         and any(part in title for part in wanted for title in family.tunings)
     ]
+
+
+def compared(kept: Iterable[str]) -> list[str]:
+    """Those of the settings that must be the same for rows to stand in one file."""
+    return [name for name in (*SIZES, "seeds", "first_seed") if name in kept]
 
 
 def kept_settings(settings: StudySettings) -> dict[str, Any]:

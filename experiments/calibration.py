@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from _data import DATASETS, Task, data_root, load_task
+from _families import MethodSettings, families
 from _models import TRAINING, DigitsNet, FashionNet, checkpoint_path, load_model, train_classifier
 from _report import markdown_table, plot_uncertainty, save_results
 from _settings import option, parsed, recorded
-from _suite import StudySettings, run_suite
+from _suite import run_suite
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -41,7 +42,7 @@ FIGURE_METHODS = ("MAP", "temperature scaling", "last-layer Laplace, Kronecker",
 
 
 @dataclass(frozen=True)
-class Settings(StudySettings):
+class Settings(MethodSettings):
     """What the script can be asked for, beside the study's sizes.
 
     Attributes:
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run and write everything."""
     settings = parsed(Settings, __doc__.splitlines()[0], argv)
     if settings.suite:
-        run_suite(settings)
+        run_suite(settings, families(settings))
         return
     if settings.threads or settings.dataset == "digits":
         # The digits network is too small for threads to pay.

@@ -8,12 +8,13 @@ Two measures of the study in `_suite.py`; `calibration.py --suite cifar10` runs 
 
 from dataclasses import dataclass
 
+from _families import MethodSettings, families
 from _settings import option, parsed
-from _suite import StudySettings, run_suite
+from _suite import MEASURES, run_suite
 
 
 @dataclass(frozen=True)
-class Settings(StudySettings):
+class Settings(MethodSettings):
     """What the script can be asked for, beside the study's sizes.
 
     Attributes:
@@ -26,7 +27,7 @@ class Settings(StudySettings):
 def main(argv: list[str] | None = None) -> None:
     """Run and write a file for each network."""
     settings = parsed(Settings, __doc__.splitlines()[0], argv)
-    run_suite(settings, [settings.measure])
+    run_suite(settings, families(settings), {settings.measure: MEASURES[settings.measure]})
 
 
 if __name__ == "__main__":

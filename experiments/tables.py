@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from _distance_tables import TABLES as DISTANCE_TABLES
 from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
@@ -29,7 +30,6 @@ from _report import (
     pipes,
 )
 from _study import TABLES, Study, draw
-from distance import distance_table
 from export import export_table
 from latency import latency_table
 from models import large_table, model_table
@@ -48,7 +48,6 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "uci": uci_table,
     "toy": toy_table,
     "small-validation": small_validation_table,
-    "distance": distance_table,
     "export": export_table,
     "latency": latency_table,
     "mnist1d": signals_table,
@@ -112,6 +111,8 @@ def table(name: str) -> str:
     if "/" in name:
         folder, key = name.split("/")
         study = Study(EXPERIMENTS / "results" / folder)
+        if folder in ("distance", "rivals"):
+            return f"{DISTANCE_TABLES[key](study)}\n\n{study.machine()}\n"
         return f"{TABLES[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     machine = results["environment"]

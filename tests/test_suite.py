@@ -22,18 +22,23 @@ def suite(monkeypatch):
     pytest.importorskip("laplace")
     monkeypatch.syspath_prepend(EXPERIMENTS)
     yield __import__("_suite")
-    for name in ("_suite", "_store", "_images"):
+    for name in ("_suite", "_families", "_store", "_images"):
         sys.modules.pop(name, None)
 
 
-def test_early_stopping_is_a_temperature(suite):
+@pytest.fixture
+def families(suite):
+    return __import__("_families")
+
+
+def test_early_stopping_is_a_temperature(families):
     """Stopping after n of N examples with the prior scaled by n/N, G growing evenly, by hand."""
     case = make_case("mlp", n=40)
     loader = loader_of(case.x, case.y)
     ella = ELLA(case.model, eigenfunctions=Nystrom(4), residual="none", progress=False)
     known = ella.fit(loader).evaluated(loader)
     rows = torch.arange(40)
-    found = suite.stopped_early(known, rows, case.y, fitted_on=40, num_train=8000)
+    found = families.stopped_early(known, rows, case.y, fitted_on=40, num_train=8000)
     prior = ella.features(case.x)
     logits, phi = prior.mean, prior.factor
     total = ella.curvature * (8000 / 40)  # G of all N, of which 40 were seen
@@ -52,8 +57,8 @@ def test_early_stopping_is_a_temperature(suite):
     assert -best == pytest.approx(nlls[chosen], abs=2e-3)
 
 
-def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
-    settings = suite.StudySettings(
+def test_finished_units_are_not_run_again(suite, families, tmp_path, monkeypatch):
+    settings = families.MethodSettings(
         archs=("resnet20",),
         seeds=1,
         smoke=True,
@@ -61,6 +66,7 @@ def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
         only="temperature|full",
         out=tmp_path,
     )
+    found = families.families(settings)
     monkeypatch.setattr(suite, "Data", lambda settings: SimpleNamespace(root=tmp_path))
     monkeypatch.setattr(suite.Network, "published", lambda name, *_: SimpleNamespace(name=name))
     ran, killed = [], []
@@ -75,15 +81,15 @@ def test_finished_units_are_not_run_again(suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(suite.Unit, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        suite.run_suite(settings)
-    suite.run_suite(settings)
+        suite.run_suite(settings, found)
+    suite.run_suite(settings, found)
     assert ran == ["MAP", "temperature scaling", "last-layer Laplace, full"]
-    suite.run_suite(replace(settings, only=None), ["ood"])
+    suite.run_suite(replace(settings, only=None), found, {"ood": suite.MEASURES["ood"]})
     assert ran.count("MAP") == 1
     assert "ELLA, NeuralEF" in ran
     settings = replace(settings, num_test=20)
     with pytest.raises(ValueError, match="made with another num_test"):
-        suite.run_suite(settings)
+        suite.run_suite(settings, found)
 
 
 def test_ensemble_is_the_mean_of_probabilities(suite):
@@ -113,14 +119,14 @@ def kept(suite, tmp_path):
     return Digits(), loader_of(x, y), x, store
 
 
-def test_kept_passes_give_what_the_plain_methods_give(suite, kept, monkeypatch):
+def test_kept_passes_give_what_the_plain_methods_give(suite, families, kept, monkeypatch):
     """Whatever is read from disk: the same features, of every rank and residual, and networks."""
     model, loader, x, store = kept
     quiet = {"progress": False}
     large = Nystrom(8, 30, residual="exact")
     for rank, residual in ((8, "exact"), (4, "diag"), (3, "none")):
         plain = ELLA(model, eigenfunctions=Nystrom(rank, 30), residual=residual, **quiet)
-        once = suite.ProjectedOnce(large, rank, store)
+        once = families.ProjectedOnce(large, rank, store)
         found = ELLA(model, eigenfunctions=once, residual=residual, **quiet).fit(loader)
         expected = plain.fit(loader).logits(x)[1]
         torch.testing.assert_close(found.logits(x)[1], expected, rtol=1e-3, atol=1e-5)
@@ -130,21 +136,26 @@ def test_kept_passes_give_what_the_plain_methods_give(suite, kept, monkeypatch):
     neural = NeuralEF(rank=4, num_inputs=60, num_directions=16, teacher=Training(steps=20))
     expected = ELLA(model, eigenfunctions=neural, **quiet).fit(loader).predict_proba(x)
     for _ in range(2):  # made, then read
-        once = suite.SampledOnce(neural, store)
+        once = families.SampledOnce(neural, store)
         found = ELLA(model, eigenfunctions=once, **quiet).fit(loader)
         torch.testing.assert_close(found.predict_proba(x), expected)
     body = suite.KeptBody(model, store)
     for _ in range(2):
         torch.testing.assert_close(body(x), model(x))
 
+    other = torch.randn(9, 64)
+    expected = model(other)
+    found.evaluated([other])  # activations, of which what the last layer reads is a part
+
     def refuse(*_):
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Linearized, "jacobian", refuse)
-    again = suite.ProjectedOnce(large, 5, store)
+    again = families.ProjectedOnce(large, 5, store)
     ELLA(model, eigenfunctions=again, **quiet).fit(loader)
     monkeypatch.setattr(model.hidden, "forward", refuse)
     body(x)
+    torch.testing.assert_close(body(other), expected)
     assert store.seconds > 0
     assert store.bytes > 0
 
