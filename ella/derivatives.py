@@ -148,7 +148,13 @@ class Plain(Products):
         return map_inputs(x, Tensor.clone)
 
     def _outputs(self, module: nn.Module, x: Inputs) -> Tensor:
-        return as_rows(called(module, model_inputs(x), self.network.output), x)
+        found = as_rows(called(module, model_inputs(x), self.network.output), x)
+        if not found.requires_grad:
+            raise ValueError(
+                "The outputs of `model` have no derivative in its trainable parameters: are they "
+                "detached, converted or computed without autograd on the way?"
+            )
+        return found
 
     def _row(self, outputs: Tensor, c: int, leaves: list[nn.Parameter]) -> Tensor:
         return self._gradient(outputs, torch.eye(outputs.shape[1]).to(outputs)[c : c + 1], leaves)

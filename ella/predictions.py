@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.arguments import SEED
 from ella.batches import Batches, Loader
 from ella.calibrate import Search, precision_grid
 from ella.hyperparameters import Hyperparameters, Tuning
@@ -25,7 +26,7 @@ from ella.inputs import (
     take,
 )
 from ella.likelihoods import Discrete, Likelihood
-from ella.predictive import Evaluation, Link, LogitGaussian, MonteCarlo, make_link
+from ella.predictive import DRAWS, Evaluation, Link, LogitGaussian, MonteCarlo, make_link
 from ella.scores import Uncertainty
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Predictive(ABC):
 
     def __init__(self, likelihood: Likelihood, *, seed: int = 0, progress: bool = True) -> None:
         self.likelihood = likelihood
-        self.seed = seed
+        self.seed = SEED("seed", seed)
         self.progress = progress
         self.hyperparameters: Hyperparameters | None = None
         self.tuning: Tuning | None = None
@@ -111,6 +112,8 @@ class Predictive(ABC):
         if not self._tunable:
             return self
         chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
+        if shifted is not None:
+            self._labelled_batches(shifted)  # says if it is no loader
         tuning = self._searched(val_loader, chosen, fitted.noise_variance, shifted)
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
         self._warn_of_edges(tuning)
@@ -206,7 +209,8 @@ class Predictive(ABC):
 
     def sample_logits(self, x: Inputs | Loader, n_samples: int) -> Tensor:
         """Draws of the logits, shape (n_samples, n, c); each is one function over all inputs."""
-        return torch.cat([g.sample(n_samples, self.seed) for g in self._gaussians(x)], dim=1)
+        count = DRAWS("n_samples", n_samples)
+        return torch.cat([g.sample(count, self.seed) for g in self._gaussians(x)], dim=1)
 
     def uncertainty(
         self,
@@ -273,7 +277,7 @@ class Predictive(ABC):
             count = draws if n_samples is None else n_samples
             return self.likelihood.check_link(make_link(link, count, self.seed))
         if n_samples is not None and isinstance(tuned, MonteCarlo):
-            return replace(tuned, num_samples=n_samples)
+            return replace(tuned, num_samples=DRAWS("n_samples", n_samples))
         return self.likelihood.check_link(tuned)
 
     def _averages(
@@ -321,7 +325,12 @@ class Predictive(ABC):
         if isinstance(x, (Tensor, tuple, Mapping, Collated)) or is_array(x):
             yield self._admitted(x)
             return
-        with self._batches(x).named() as batches:  # type: ignore[arg-type] # it says if it is none
+        if not isinstance(x, Iterable) or isinstance(x, str):
+            raise TypeError(
+                f"`x` must be one batch (a tensor, an array, a tuple or a mapping of them) or a "
+                f"loader of batches; got {type(x).__name__}."
+            )
+        with self._batches(x).named() as batches:
             yield from self._progress_over(batches.inputs(), "predict")
 
     def _admitted(self, x: object) -> Inputs:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ella.arguments import check_path
 from ella.batches import Batches, Split
 from ella.checkpoint import Checkpoint, batch_digest
 from ella.distance import Distance
@@ -56,7 +57,9 @@ class Stored(Predictor):
             ModelChangedError: If the weights changed since: new weights do not belong to old
                 eigenfunctions.
             OSError: If the file cannot be written.
+            TypeError: If `path` is none.
         """
+        check_path("path", path)
         self.network.refreshed_fingerprint()
         write(path, self._state())
 
@@ -89,6 +92,7 @@ class Stored(Predictor):
             ValueError: If the file is not from this library, is damaged, or belongs to another
                 model.
         """
+        check_path("path", path)
         network = Network(model)
         where = os.fspath(path)
         format_found, state = read(path)
@@ -157,6 +161,8 @@ class Stored(Predictor):
         for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
             if not (isinstance(value, kind) or (value is None and kind is not Hyperparameters)):
                 raise ValueError(f"{value!r} is no {kind.__name__}")
+        scale = chosen.scale(self.likelihood)
+        self.likelihood.log_likelihood(fit.sums.statistics, scale)  # whether they are its own
         self._fit = fit
         self._set_fitted(chosen)
         self.tuning, self.link = tuning, link
@@ -192,10 +198,7 @@ class Stored(Predictor):
         """That of a fit: of this model, these settings, this process's data."""
         if folder is None:
             return Checkpoint()
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(
-                f"`checkpoint` must be the path of a folder; got {type(folder).__name__}."
-            )
+        check_path("checkpoint", folder)
         first, processes = batches.first(), batches.processes
         about: dict[str, Json] = {
             "model": self.network.fingerprint(),
