@@ -81,9 +81,8 @@ def having(kind: str, *methods: str) -> Check:
     """
 
     def check(name: str, value: object) -> object:
-        parts = [getattr(value, method, None) for method in methods] or [value]
-        is_class = bool(methods) and isinstance(value, type)
-        if is_class or not all(map(callable, parts)):
+        has = all(hasattr(value, method) for method in methods) if methods else callable(value)
+        if not has or (methods and isinstance(value, type)):
             made = f" Make an object of it: {value.__name__}()." if isinstance(value, type) else ""
             raise TypeError(f"`{name}` must be {kind}; got {value!r}.{made}")
         return value

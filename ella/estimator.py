@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-METHOD = having("a method such as NeuralEF()", "fit", "restore")
+METHOD = having("a method such as NeuralEF()", "fit")
 SUSPICIOUS = 0.05
 """Share of validation examples that may be training examples, too, before a hint is given."""
 

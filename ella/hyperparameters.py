@@ -80,3 +80,16 @@ class Tuning:
     scaled_nll: float
     num_examples: int
     edges: tuple[str, ...] = ()
+
+    @property
+    def warning(self) -> str:
+        """What to say of `edges`."""
+        found = " and ".join(
+            f"the {name.replace('_', ' ')} ({getattr(self.hyperparameters, name):.3g})"
+            for name in self.edges
+        )
+        return (
+            f"calibrate: {self.num_examples} validation examples alone would put {found} at an "
+            f"end of the searched range; in brackets is what the hyperprior made of it. More "
+            f"validation data may settle it."
+        )

@@ -1,7 +1,7 @@
 """What a user may pass in, and the one sentence said when it is something else."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -298,6 +298,15 @@ def moved(x: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> 
 
     found: Inputs = _matched(move, x)
     return found
+
+
+def check_iterable(x: object) -> None:
+    """Raise a `TypeError` for what is neither a batch nor a loader."""
+    if not isinstance(x, Iterable) or isinstance(x, str):
+        raise TypeError(
+            f"`x` must be one batch (a tensor, an array, a tuple or a mapping of them) or a "
+            f"loader of batches; got {type(x).__name__}."
+        )
 
 
 def check_inputs(x: Inputs, device: torch.device) -> int:

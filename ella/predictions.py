@@ -20,6 +20,7 @@ from ella.inputs import (
     Inputs,
     as_inputs,
     check_inputs,
+    check_iterable,
     is_array,
     num_examples,
     slices,
@@ -111,12 +112,12 @@ class Predictive(ABC):
         fitted = self._require_fitted()
         if not self._tunable:
             return self
-        chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
-        if shifted is not None:
-            self._labelled_batches(shifted)  # says if it is no loader
+        count = DRAWS("n_samples", n_samples)
+        chosen = self.likelihood.check_link(make_link(link, count, self.seed))
         tuning = self._searched(val_loader, chosen, fitted.noise_variance, shifted)
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
-        self._warn_of_edges(tuning)
+        if tuning.edges:
+            warnings.warn(tuning.warning, stacklevel=2)
         return self
 
     def _searched(
@@ -127,8 +128,10 @@ class Predictive(ABC):
         variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64)
         precisions = self._precisions(evaluation, search.score.mean(variance.to(search.y.device)))
         share, other = self._distance_share, None
-        if shifted is not None and share > 0:
-            _, other = self._search(shifted, link, noise_variance)
+        if shifted is not None:
+            self._labelled_batches(shifted)  # says if it is no loader
+            if share > 0:
+                _, other = self._search(shifted, link, noise_variance)
         return search.with_distance(search.run(precisions), precisions, share, other)
 
     def _search(
@@ -274,7 +277,7 @@ class Predictive(ABC):
         tuned = self.link or MonteCarlo(128, self.seed)
         draws = tuned.num_samples if isinstance(tuned, MonteCarlo) else 128
         if link is not None:
-            count = draws if n_samples is None else n_samples
+            count = draws if n_samples is None else DRAWS("n_samples", n_samples)
             return self.likelihood.check_link(make_link(link, count, self.seed))
         if n_samples is not None and isinstance(tuned, MonteCarlo):
             return replace(tuned, num_samples=DRAWS("n_samples", n_samples))
@@ -325,12 +328,8 @@ class Predictive(ABC):
         if isinstance(x, (Tensor, tuple, Mapping, Collated)) or is_array(x):
             yield self._admitted(x)
             return
-        if not isinstance(x, Iterable) or isinstance(x, str):
-            raise TypeError(
-                f"`x` must be one batch (a tensor, an array, a tuple or a mapping of them) or a "
-                f"loader of batches; got {type(x).__name__}."
-            )
-        with self._batches(x).named() as batches:
+        check_iterable(x)
+        with self._batches(x).named() as batches:  # type: ignore[arg-type] # checked
             yield from self._progress_over(batches.inputs(), "predict")
 
     def _admitted(self, x: object) -> Inputs:
@@ -384,20 +383,6 @@ class Predictive(ABC):
                 f"This {name} is not fitted. Call {name}.fit(train_loader) first."
             )
         return self.hyperparameters
-
-    @staticmethod
-    def _warn_of_edges(tuning: Tuning) -> None:
-        if tuning.edges:
-            found = " and ".join(
-                f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
-                for name in tuning.edges
-            )
-            warnings.warn(
-                f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
-                f"an end of the searched range; in brackets is what the hyperprior made of it. "
-                f"More validation data may settle it.",
-                stacklevel=3,
-            )
 
 
 def _first(evaluation: Evaluation, y: Tensor) -> tuple[Evaluation, Tensor]:

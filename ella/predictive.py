@@ -320,7 +320,7 @@ def make_link(link: str | Link, num_samples: int = 128, seed: int = 0) -> Link:
     Raises:
         ValueError: For another name, or `num_samples` below 1.
     """
-    monte_carlo = MonteCarlo(DRAWS("n_samples", num_samples), seed)
+    monte_carlo = MonteCarlo(num_samples, seed)
     if isinstance(link, Link):
         return link
     if not isinstance(link, str) or link not in LINKS:

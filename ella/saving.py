@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ella.arguments import check_path
+
 FORMAT = 2
 """Written now; `read` takes 1, too."""
 
@@ -185,6 +187,7 @@ def write(path: str | os.PathLike[str], state: State) -> None:
         OSError: If the folder is missing or full, or may not be written to, or there is something
             else than a file.
     """
+    check_path("path", path)
     place = Path(path).resolve()
     if place.exists() and not place.is_file():
         raise OSError(f"{os.fspath(path)!r} is a folder or a device; expected the path of a file.")
@@ -214,8 +217,10 @@ def read(path: str | os.PathLike[str]) -> tuple[int, State]:
 
     Raises:
         OSError: If the file cannot be read.
+        TypeError: If `path` is none.
         ValueError: If it is not ours, or damaged.
     """
+    check_path("path", path)
     where = os.fspath(path)
     if os.path.isdir(where):
         raise OSError(f"{where!r} is a folder; expected a file that `save` wrote.")

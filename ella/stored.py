@@ -59,7 +59,6 @@ class Stored(Predictor):
             OSError: If the file cannot be written.
             TypeError: If `path` is none.
         """
-        check_path("path", path)
         self.network.refreshed_fingerprint()
         write(path, self._state())
 
@@ -92,7 +91,6 @@ class Stored(Predictor):
             ValueError: If the file is not from this library, is damaged, or belongs to another
                 model.
         """
-        check_path("path", path)
         network = Network(model)
         where = os.fspath(path)
         format_found, state = read(path)
