@@ -118,9 +118,10 @@ class Batches:
         """Put the number of the batch at hand before errors of data, also those of its users."""
         try:
             yield self
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             number, text = self._number, str(error)
-            if number is None or type(error) not in (TypeError, ValueError):
+            of_data = type(error) in (TypeError, ValueError) or text.startswith("`model`")
+            if number is None or not of_data:
                 raise
             raise type(error)(f"Batch {number}: {text}") from error
         finally:

@@ -109,7 +109,7 @@ class Plain(Products):
         products = []
         with self._all_leaves(parameters) as (module, leaves):
             for one in self._examples(x):
-                outputs = self.outputs_of(module, one)
+                outputs = self._outputs(module, one)
                 each = [self._row(outputs, c, leaves) @ tangents.T for c in range(len(outputs[0]))]
                 products.append(torch.stack(each))
         return torch.stack(products)
@@ -117,7 +117,7 @@ class Plain(Products):
     def vjp(self, x: Inputs, parameters: Parameters, cotangents: Tensor, chunk: int) -> Tensor:
         """See `Functional.vjp`; one backward pass for each cotangent."""
         with self._all_leaves(parameters) as (module, leaves):
-            outputs = self.outputs_of(module, self._own(x))
+            outputs = self._outputs(module, self._own(x))
             k = cotangents.shape[-1]
             return torch.stack(
                 [self._gradient(outputs, cotangents[..., j], leaves) for j in range(k)]
@@ -129,7 +129,7 @@ class Plain(Products):
         found = cotangents.new_empty(*cotangents.shape[:2], p)
         with self._all_leaves(parameters) as (module, leaves):
             for i, one in enumerate(self._examples(x)):
-                outputs = self.outputs_of(module, one)
+                outputs = self._outputs(module, one)
                 for cotangent, row in zip(cotangents[i], found[i], strict=True):
                     row.copy_(self._gradient(outputs, cotangent.unsqueeze(0), leaves))
         return found
@@ -137,7 +137,7 @@ class Plain(Products):
     def outputs(self, x: Inputs, parameters: Parameters) -> Tensor:
         """f(x) with its graph, of which nothing but its memory is of use."""
         with self._all_leaves(parameters) as (module, _):
-            return self.outputs_of(module, self._own(x))
+            return self._outputs(module, self._own(x))
 
     def _examples(self, x: Inputs) -> Iterator[Inputs]:
         return (self._own(take(x, part)) for part in slices(num_examples(x), 1))
@@ -150,6 +150,15 @@ class Plain(Products):
     def outputs_of(self, module: nn.Module, x: Inputs) -> Tensor:
         """What a module with `leaves` gives; n examples, as rows."""
         return as_rows(called(module, model_inputs(x), self.network.output), x)
+
+    def _outputs(self, module: nn.Module, x: Inputs) -> Tensor:
+        found = self.outputs_of(module, x)
+        if not found.requires_grad:
+            raise ValueError(
+                "The outputs of `model` have no derivative in its trainable parameters: are they "
+                "detached, converted or computed without autograd on the way?"
+            )
+        return found
 
     def _row(self, outputs: Tensor, c: int, leaves: list[nn.Parameter]) -> Tensor:
         return self._gradient(outputs, torch.eye(outputs.shape[1]).to(outputs)[c : c + 1], leaves)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ella.activations import FeatureTaps, Tap
-from ella.inputs import Inputs, check_positive
+from ella.arguments import POSITIVE, settle
+from ella.inputs import Inputs
 from ella.processes import Processes
 from ella.saving import State
 from ella.sketches import folded, random_signs
@@ -54,8 +55,7 @@ class Distance:
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_positive(name, value)
+        settle(self, share=POSITIVE, ridge=POSITIVE)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps
+from ella.arguments import BYTES, COUNT, POSITIVE, having, instance, optional, real
 from ella.batches import Batches, Loader, Split
 from ella.checkpoint import Checkpoint
 from ella.choosing import stage_ends
@@ -18,7 +19,7 @@ from ella.eigenfunctions.plan import Plan
 from ella.export import PredictiveModule
 from ella.fitted import Features, Fit, Sums
 from ella.hints import hint
-from ella.inputs import Inputs, check_positive
+from ella.inputs import Inputs
 from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+METHOD = having("a method such as NeuralEF()", "fit")
 SUSPICIOUS = 0.05
 """Share of validation examples that may be training examples, too, before a hint is given."""
 
@@ -108,25 +110,16 @@ class ELLA(Stored):
             seed=seed,
             progress=progress,
         )
-        for name, value in (
-            ("temperature", temperature),
-            ("logit_temperature", logit_temperature),
-            ("prior_precision", prior_precision),
-        ):
-            if value is not None:
-                check_positive(name, value)
-        method: Any = NeuralEF() if eigenfunctions is None else eigenfunctions
+        method = METHOD("eigenfunctions", NeuralEF() if eigenfunctions is None else eigenfunctions)
         method = method if residual is None else replace(method, residual=residual)
         self.eigenfunctions: EigenfunctionMethod = method
-        self.prior_precision = prior_precision
-        self.temperature = temperature
-        self.logit_temperature = logit_temperature
-        if not isinstance(distance, (Distance, type(None))):
-            raise TypeError(f"`distance` must be a Distance or None; got {distance!r}.")
-        self.distance = distance
-        self.memory_budget = memory_budget
+        self.prior_precision = optional(POSITIVE)("prior_precision", prior_precision)
+        self.temperature: float = POSITIVE("temperature", temperature)
+        self.logit_temperature: float = POSITIVE("logit_temperature", logit_temperature)
+        self.distance: Distance | None = optional(instance(Distance))("distance", distance)
+        self.memory_budget = BYTES("memory_budget", memory_budget)
         self.process_group = process_group
-        self.positions = positions
+        self.positions = COUNT("positions", positions)
         self._fit: Fit | None = None
         self._seen = Seen.of_unknown()
 
@@ -232,9 +225,7 @@ class ELLA(Stored):
             ModelChangedError: If the weights changed since.
             ValueError: If the factor is out of range.
         """
-        check_positive("factor", factor)
-        if factor > 1:
-            raise ValueError(f"`factor` must lie in (0, 1]; got {factor!r}.")
+        factor = real(0, 1, without_least=True)("factor", factor)
         fit = self._fitted()
         self._fit = fit.with_sums(fit.all_sums.scaled(factor))
         self._seen = Seen.of_unknown()
@@ -271,10 +262,12 @@ class ELLA(Stored):
 
         Raises:
             NotFittedError: Before `fit`.
+            ValueError: If δ is not above 0.
         """
         fit, chosen = self._fitted(), self._require_fitted()
         if prior_precision is None:
             prior_precision = chosen.prior_precision
+        prior_precision = POSITIVE("prior_precision", prior_precision)
         noise = chosen.noise_variance
         squared_norm = self.linearized.flat_parameters().double().square().sum().item()
         return fit.posterior.log_marginal_likelihood(

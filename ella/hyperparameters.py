@@ -1,9 +1,9 @@
 """The numbers that shape the predictive, and what `calibrate` says of them."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ella.arguments import NOT_NEGATIVE, POSITIVE, settle
 from ella.likelihoods import Likelihood
 from ella.predictive import LogitGaussian
 
@@ -30,11 +30,9 @@ class Hyperparameters:
     distance_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            zero = name in ("temperature", "distance_scale") and value == 0
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and (zero or 0 < value < math.inf)):
-                raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
+        positive = ("prior_precision", "logit_temperature", "noise_variance")
+        settle(self, **dict.fromkeys(positive, POSITIVE))
+        settle(self, temperature=NOT_NEGATIVE, distance_scale=NOT_NEGATIVE)
 
     def scale(self, likelihood: Likelihood) -> float:
         """The number that is this likelihood's scale."""
@@ -82,3 +80,16 @@ class Tuning:
     scaled_nll: float
     num_examples: int
     edges: tuple[str, ...] = ()
+
+    @property
+    def warning(self) -> str:
+        """What to say of `edges`."""
+        found = " and ".join(
+            f"the {name.replace('_', ' ')} ({getattr(self.hyperparameters, name):.3g})"
+            for name in self.edges
+        )
+        return (
+            f"calibrate: {self.num_examples} validation examples alone would put {found} at an "
+            f"end of the searched range; in brackets is what the hyperprior made of it. More "
+            f"validation data may settle it."
+        )

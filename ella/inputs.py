@@ -79,19 +79,6 @@ def model_inputs(x: Inputs) -> Inputs:
     return x.inputs if isinstance(x, Rows) else x
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {expected}; got {value!r}.")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise a `ValueError` unless `value` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-        raise ValueError(f"`{name}` must be a finite number above 0; got {value!r}.")
-
-
 # What users have instead of tensors
 
 
@@ -125,7 +112,10 @@ def as_tensor(value: object, name: str = "x") -> Tensor:
         )
     # torch has no arithmetic on these; copied, as torch warns of arrays that it may not change.
     array = array.astype(np.int64) if array.dtype in (np.uint16, np.uint32, np.uint64) else array
-    array = array.astype(array.dtype.newbyteorder("="))
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise TypeError(f"`{name}` holds masked values. Fill them first, with `filled`.")
+    kept = np.float64 if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    array = array.astype(kept)
     return torch.from_numpy(np.array(array, copy=True, order="C"))
 
 
@@ -310,6 +300,15 @@ def moved(x: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> 
     return found
 
 
+def check_iterable(x: object) -> None:
+    """Raise a `TypeError` for what is neither a batch nor a loader."""
+    if not isinstance(x, Iterable) or isinstance(x, str):
+        raise TypeError(
+            f"`x` must be one batch (a tensor, an array, a tuple or a mapping of them) or a "
+            f"loader of batches; got {type(x).__name__}."
+        )
+
+
 def check_inputs(x: Inputs, device: torch.device) -> int:
     """Check one batch of inputs and return its number of examples n.
 
@@ -349,16 +348,24 @@ def _checked_length(n: int) -> int:
 
 
 def _check_tensor(tensor: Tensor, device: torch.device) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise TypeError(
+            f"`x` must be a dense tensor; got one that is {kind}. Convert it first, for example "
+            f"with x.to_dense(), x.to_padded_tensor(0) or x.dequantize()."
+        )
     if tensor.device != device:
         raise ValueError(
             f"`x` is on {tensor.device}, but the model is on {device}. "
             f"Move it with x.to({str(device)!r}), or pass a loader, whose batches are moved."
         )
-    if tensor.is_floating_point() and not all_finite(tensor):
+    if (tensor.is_floating_point() or tensor.is_complex()) and not all_finite(tensor):
         raise ValueError("`x` holds NaN or infinite values. Remove or impute them first.")
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
+    if tensor.is_complex():
+        return bool(torch.isfinite(tensor).all())
     # One sum says so, in a third of the time; only one that overflowed needs a closer look.
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

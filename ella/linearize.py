@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ella.arguments import BYTES
 from ella.derivatives import Functional, Parameters, Plain, is_out_of_memory
 from ella.inputs import (
     Inputs,
@@ -64,7 +65,7 @@ class Linearized:
         trainable: tuple[str, ...] | None = None,
     ) -> None:
         self.network = network if isinstance(network, Network) else Network(network)
-        self.memory_budget = memory_budget
+        self.memory_budget = BYTES("memory_budget", memory_budget)
         self.trainable = (
             self.network.trainable if trainable is None else self.network.named(trainable)
         )

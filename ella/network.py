@@ -152,7 +152,7 @@ class Network:
         inputs = model_inputs(x)
         n = check_inputs(inputs, self.device)
         self._learn_from(inputs)
-        with self.borrowed(readers) as module, self.attention():
+        with self.borrowed(readers) as module, self.attention(), blamed_on(inputs):
             outputs = as_rows(called(module, self.own(inputs), self.output), x)
         rows = len(x.position) if isinstance(x, Rows) else n
         if outputs.ndim != 2 or outputs.shape[0] != rows:
@@ -181,7 +181,7 @@ class Network:
         if key not in self._layouts:
             x = model_inputs(x)
             self._learn_from(x)
-            with self.borrowed() as module, self.attention():
+            with self.borrowed() as module, self.attention(), blamed_on(x):
                 outputs = called(module, self.own(take(x, slice(2))), self.output)
             self._layouts[key] = found = Layout.of(outputs)
             if not found.positions:
@@ -267,7 +267,8 @@ class Network:
             attributes = [(n, m, dict(vars(m))) for n, m in view.module.named_modules()]
             one = map_inputs(take(x, slice(2)), Tensor.clone)
             versions = [tensor._version for tensor in input_tensors(one)]
-            called(view.module, one, self.output)
+            with blamed_on(x):
+                called(view.module, one, self.output)
         self._overwrites = versions != [tensor._version for tensor in input_tensors(one)]
         # `_changing` last: it tells other threads that all is known.
         self._remembering = frozenset(n for n, m, old in attributes if remembered(m, old))
@@ -311,18 +312,38 @@ class Network:
         return torch.zeros(())
 
 
+@contextmanager
+def blamed_on(x: Inputs) -> Iterator[None]:
+    """Say what the model was called with where it fails; errors keep their type."""
+    try:
+        yield
+    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if type(error).__module__ != "builtins" or str(error).startswith("`"):
+            raise
+        found = ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in input_tensors(x))
+        raise type(error)(
+            f"`model` failed on `x` ({found}): {error}. Are shapes, dtypes and scale of the "
+            f"inputs those that it was trained on?"
+        ) from error
+
+
 def called(module: Callable[..., Any], x: Inputs, output: Output = None) -> Tensor:
     """The module's tensor of outputs, before its shape is checked.
 
     Raises:
-        TypeError: If there is none, or the module takes other arguments.
+        TypeError: If there is none, it holds no real numbers, or the module takes other arguments.
     """
     if isinstance(x, Mapping):
         _check_arguments(module, x)
-        return find_logits(module(**x), output)
-    if isinstance(x, tuple):
-        return find_logits(module(*x), output)
-    return find_logits(module(x), output)
+        found = find_logits(module(**x), output)
+    else:
+        found = find_logits(module(*x) if isinstance(x, tuple) else module(x), output)
+    if not found.is_floating_point() or found.layout != torch.strided or found.ndim == 0:
+        raise TypeError(
+            f"`model` must return logits (n, c), dense and of floating point; got "
+            f"{tuple(found.shape)} of {found.dtype} ({found.layout})."
+        )
+    return found
 
 
 def _check_arguments(module: Callable[..., Any], x: Mapping[str, Any]) -> None:

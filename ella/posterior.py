@@ -148,12 +148,21 @@ class TrainingSums:
         curvature = state.tensor("curvature", (None, None), torch.float64)
         if len(curvature) != curvature.shape[1]:
             raise ValueError(f"`curvature` must be square; got {tuple(curvature.shape)}.")
-        return cls(
-            curvature,
-            state.tensor("statistics", (None,), torch.float64),
-            state.number("prior_variance"),
-            state.integer("num_examples"),
-        )
+        check_semidefinite(curvature)
+        statistics = state.tensor("statistics", (None,), torch.float64)
+        variance = state.number("prior_variance")
+        if not len(statistics) or variance < 0:
+            raise ValueError("`statistics` must not be empty, nor `prior_variance` below 0.")
+        return cls(curvature, statistics, variance, state.integer("num_examples"))
+
+
+def check_semidefinite(curvature: Tensor) -> None:
+    """Raise a `ValueError` unless a sum of φᵀΛφ can be such a matrix (k, k)."""
+    rounding = DOWNDATE_ROUNDING * curvature.abs().max().item() if len(curvature) else 0.0
+    if (curvature - curvature.T).abs().gt(rounding).any():
+        raise ValueError("`curvature` must be symmetric")
+    if len(curvature) and torch.linalg.eigvalsh(curvature)[0] < -rounding:
+        raise ValueError("`curvature` must have no eigenvalue below 0")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.arguments import SEED
 from ella.batches import Batches, Loader
 from ella.calibrate import Search, precision_grid
 from ella.hyperparameters import Hyperparameters, Tuning
@@ -19,13 +20,14 @@ from ella.inputs import (
     Inputs,
     as_inputs,
     check_inputs,
+    check_iterable,
     is_array,
     num_examples,
     slices,
     take,
 )
 from ella.likelihoods import Discrete, Likelihood
-from ella.predictive import Evaluation, Link, LogitGaussian, MonteCarlo, make_link
+from ella.predictive import DRAWS, Evaluation, Link, LogitGaussian, MonteCarlo, make_link
 from ella.scores import Uncertainty
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class Predictive(ABC):
 
     def __init__(self, likelihood: Likelihood, *, seed: int = 0, progress: bool = True) -> None:
         self.likelihood = likelihood
-        self.seed = seed
+        self.seed = SEED("seed", seed)
         self.progress = progress
         self.hyperparameters: Hyperparameters | None = None
         self.tuning: Tuning | None = None
@@ -110,10 +112,12 @@ class Predictive(ABC):
         fitted = self._require_fitted()
         if not self._tunable:
             return self
-        chosen = self.likelihood.check_link(make_link(link, n_samples, self.seed))
+        count = DRAWS("n_samples", n_samples)
+        chosen = self.likelihood.check_link(make_link(link, count, self.seed))
         tuning = self._searched(val_loader, chosen, fitted.noise_variance, shifted)
         self.hyperparameters, self.tuning, self.link = tuning.hyperparameters, tuning, chosen
-        self._warn_of_edges(tuning)
+        if tuning.edges:
+            warnings.warn(tuning.warning, stacklevel=2)
         return self
 
     def _searched(
@@ -124,8 +128,10 @@ class Predictive(ABC):
         variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64)
         precisions = self._precisions(evaluation, search.score.mean(variance.to(search.y.device)))
         share, other = self._distance_share, None
-        if shifted is not None and share > 0:
-            _, other = self._search(shifted, link, noise_variance)
+        if shifted is not None:
+            self._labelled_batches(shifted)  # says if it is no loader
+            if share > 0:
+                _, other = self._search(shifted, link, noise_variance)
         return search.with_distance(search.run(precisions), precisions, share, other)
 
     def _search(
@@ -206,7 +212,8 @@ class Predictive(ABC):
 
     def sample_logits(self, x: Inputs | Loader, n_samples: int) -> Tensor:
         """Draws of the logits, shape (n_samples, n, c); each is one function over all inputs."""
-        return torch.cat([g.sample(n_samples, self.seed) for g in self._gaussians(x)], dim=1)
+        count = DRAWS("n_samples", n_samples)
+        return torch.cat([g.sample(count, self.seed) for g in self._gaussians(x)], dim=1)
 
     def uncertainty(
         self,
@@ -270,10 +277,10 @@ class Predictive(ABC):
         tuned = self.link or MonteCarlo(128, self.seed)
         draws = tuned.num_samples if isinstance(tuned, MonteCarlo) else 128
         if link is not None:
-            count = draws if n_samples is None else n_samples
+            count = draws if n_samples is None else DRAWS("n_samples", n_samples)
             return self.likelihood.check_link(make_link(link, count, self.seed))
         if n_samples is not None and isinstance(tuned, MonteCarlo):
-            return replace(tuned, num_samples=n_samples)
+            return replace(tuned, num_samples=DRAWS("n_samples", n_samples))
         return self.likelihood.check_link(tuned)
 
     def _averages(
@@ -321,7 +328,8 @@ class Predictive(ABC):
         if isinstance(x, (Tensor, tuple, Mapping, Collated)) or is_array(x):
             yield self._admitted(x)
             return
-        with self._batches(x).named() as batches:  # type: ignore[arg-type] # it says if it is none
+        check_iterable(x)
+        with self._batches(x).named() as batches:  # type: ignore[arg-type] # checked
             yield from self._progress_over(batches.inputs(), "predict")
 
     def _admitted(self, x: object) -> Inputs:
@@ -375,20 +383,6 @@ class Predictive(ABC):
                 f"This {name} is not fitted. Call {name}.fit(train_loader) first."
             )
         return self.hyperparameters
-
-    @staticmethod
-    def _warn_of_edges(tuning: Tuning) -> None:
-        if tuning.edges:
-            found = " and ".join(
-                f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
-                for name in tuning.edges
-            )
-            warnings.warn(
-                f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
-                f"an end of the searched range; in brackets is what the hyperprior made of it. "
-                f"More validation data may settle it.",
-                stacklevel=3,
-            )
 
 
 def _first(evaluation: Evaluation, y: Tensor) -> tuple[Evaluation, Tensor]:

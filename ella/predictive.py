@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ella.arguments import SEED, settle, whole
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 KEPT_NUMBERS = 2**17
 """Draws of up to this many numbers are kept for the next call: a server draws the same again."""
+
+DRAWS = whole(1, 2**20)
+"""More draws than that change nothing but the memory they take."""
 
 Response = Callable[[Tensor, int], Tensor]
 """What outputs say of an observation, such as softmax: `(outputs, axis of the outputs)`."""
@@ -252,8 +257,7 @@ class MonteCarlo(Link):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1; got {self.num_samples}.")
+        settle(self, num_samples=DRAWS, seed=SEED)
 
     def __call__(self, gaussian: LogitGaussian, response: Response = torch.softmax) -> Tensor:
         """See `Link`."""
@@ -319,7 +323,7 @@ def make_link(link: str | Link, num_samples: int = 128, seed: int = 0) -> Link:
     monte_carlo = MonteCarlo(num_samples, seed)
     if isinstance(link, Link):
         return link
-    if link not in LINKS:
+    if not isinstance(link, str) or link not in LINKS:
         raise ValueError(f"`link` must be one of {tuple(LINKS)}, or a Link; got {link!r}.")
     return monte_carlo if link == "mc" else LINKS[link]()
 

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ella.arguments import check_path
+
 FORMAT = 2
 """Written now; `read` takes 1, too."""
 
@@ -182,9 +184,13 @@ def write(path: str | os.PathLike[str], state: State) -> None:
     is followed, and the permissions of an old file are kept.
 
     Raises:
-        OSError: If the folder is missing or full, or may not be written to.
+        OSError: If the folder is missing or full, or may not be written to, or there is something
+            else than a file.
     """
+    check_path("path", path)
     place = Path(path).resolve()
+    if place.exists() and not place.is_file():
+        raise OSError(f"{os.fspath(path)!r} is a folder or a device; expected the path of a file.")
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}
     metadata = {"format": FORMAT, "sha256": _digest(tensors), "settings": dict(state.settings)}
     partial = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
@@ -196,8 +202,10 @@ def write(path: str | os.PathLike[str], state: State) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(place)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{os.fspath(path)!r} could not be written: {error}.") from error
         raise
     _sync_folder(place.parent)
 
@@ -209,9 +217,13 @@ def read(path: str | os.PathLike[str]) -> tuple[int, State]:
 
     Raises:
         OSError: If the file cannot be read.
+        TypeError: If `path` is none.
         ValueError: If it is not ours, or damaged.
     """
+    check_path("path", path)
     where = os.fspath(path)
+    if os.path.isdir(where):
+        raise OSError(f"{where!r} is a folder; expected a file that `save` wrote.")
     try:
         with safe_open(where, framework="pt") as file:
             text = (file.metadata() or {}).get("ella")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ella.arguments import check_path
 from ella.batches import Batches, Split
 from ella.checkpoint import Checkpoint, batch_digest
 from ella.distance import Distance
@@ -56,6 +57,7 @@ class Stored(Predictor):
             ModelChangedError: If the weights changed since: new weights do not belong to old
                 eigenfunctions.
             OSError: If the file cannot be written.
+            TypeError: If `path` is none.
         """
         self.network.refreshed_fingerprint()
         write(path, self._state())
@@ -157,6 +159,8 @@ class Stored(Predictor):
         for value, kind in ((chosen, Hyperparameters), (tuning, Tuning), (link, Link)):
             if not (isinstance(value, kind) or (value is None and kind is not Hyperparameters)):
                 raise ValueError(f"{value!r} is no {kind.__name__}")
+        scale = chosen.scale(self.likelihood)
+        self.likelihood.log_likelihood(fit.sums.statistics, scale)  # whether they are its own
         self._fit = fit
         self._set_fitted(chosen)
         self.tuning, self.link = tuning, link
@@ -192,10 +196,7 @@ class Stored(Predictor):
         """That of a fit: of this model, these settings, this process's data."""
         if folder is None:
             return Checkpoint()
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(
-                f"`checkpoint` must be the path of a folder; got {type(folder).__name__}."
-            )
+        check_path("checkpoint", folder)
         first, processes = batches.first(), batches.processes
         about: dict[str, Json] = {
             "model": self.network.fingerprint(),

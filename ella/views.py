@@ -39,6 +39,9 @@ def shared_copy(model: nn.Module) -> nn.Module:
     if twin is model or not all(one is other for one, other in pairs):
         raise TypeError("The copy does not share its parameters.")
     for module in twin.modules():
+        # They would be called for gradients that are not the user's, and may change them.
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
         if isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False
     return without_wrappers(twin).eval()

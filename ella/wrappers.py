@@ -54,6 +54,15 @@ def check_module(model: object) -> None:
                 f"`model` is quantized ({type(module).__name__}): its weights are no real numbers "
                 f"and have no derivative. {original}"
             )
+        if any(map(nn.parameter.is_lazy, (*module.parameters(False), *module.buffers(False)))):
+            raise TypeError(
+                f"`model` holds a lazy layer ({type(module).__name__}) that has no weights yet. "
+                f"Call the model on one batch, and train it, first."
+            )
+        if any(t.is_meta for t in (*module.parameters(False), *module.buffers(False))):
+            raise TypeError(
+                "`model` is on the meta device: its weights have no values. Load them."
+            )
         if "_guards_fn" in module._modules:
             raise TypeError(f"`model` is an exported program, which has no modules. {original}")
 

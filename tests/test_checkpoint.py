@@ -179,7 +179,7 @@ def test_fewer_batches_than_were_summed_are_refused(tmp_path):
 
 
 def test_a_number_is_no_folder():
-    with pytest.raises(TypeError, match="`checkpoint` must be the path of a folder; got int"):
+    with pytest.raises(TypeError, match="`checkpoint` must be a path; got int"):
         estimator().fit(loader(*data()), checkpoint=3)
 
 

@@ -291,7 +291,7 @@ def test_bad_settings(name, value):
 
 
 def test_a_number_is_no_distance(model):
-    with pytest.raises(TypeError, match=r"`distance` must be a Distance or None; got 0\.1"):
+    with pytest.raises(TypeError, match=r"`distance` must be a Distance; got 0\.1"):
         ELLA(model, distance=0.1)
 
 

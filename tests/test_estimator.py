@@ -714,7 +714,7 @@ def test_bad_targets(targets, error, message):
         (X.to("meta"), ValueError, "`x` is on meta, but the model is on cpu"),
         (X[:0], ValueError, "`x` is empty"),
         ([], ValueError, "The loader is empty"),
-        (3, TypeError, "`loader` must be an iterable"),
+        (3, TypeError, "`x` must be one batch"),
     ],
     ids=["NaN", "device", "no examples", "no batches", "number"],
 )
@@ -790,9 +790,11 @@ def test_bad_settings(setting, options, message):
 def test_bad_method_settings():
     with pytest.raises(ValueError, match="`outputs` must be one of"):
         Nystrom(outputs="some")
-    with pytest.raises(ValueError, match="`rank` and `subsample` must be at least 1"):
+    with pytest.raises(ValueError, match="`rank` must be a whole number of at least 1; got 0"):
         Nystrom(rank=0)
-    with pytest.raises(ValueError, match="`width` must be at least 1; got 0"):
+    with pytest.raises(
+        ValueError, match="`width` must be a whole number of at least 1 and at most 1048576; got 0"
+    ):
         NeuralEF(width=0)
     with pytest.raises(ValueError, match="`reads` must be one of 'activations', 'inputs'"):
         NeuralEF(reads="weights")
@@ -808,7 +810,7 @@ def test_bad_links(setting):
     ):
         with pytest.raises(ValueError, match="`link` must be one of"):
             use(link="softmax")
-        with pytest.raises(ValueError, match="`num_samples` must be at least 1"):
+        with pytest.raises(ValueError, match="`n_samples` must be a whole number of at least 1"):
             use(n_samples=0)
     assert ella.tuning is None
 

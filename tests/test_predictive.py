@@ -208,7 +208,7 @@ def test_variance_makes_predictions_less_sure(name):
 def test_bad_links():
     with pytest.raises(ValueError, match=r"`link` must be one of .*got 'logit'"):
         make_link("logit", 8, 0)
-    with pytest.raises(ValueError, match="`num_samples` must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="`num_samples` must be a whole number of at least 1"):
         make_link("mc", 0, 0)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ella.arguments import BYTES, POSITIVE
 from ella.batches import Batches, Loader, Split
-from ella.inputs import Inputs, check_positive
+from ella.inputs import Inputs
 from ella.likelihoods import Categorical, Likelihood, Normal
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
@@ -54,7 +55,8 @@ class LaplaceBaseline(Predictor):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        check_positive("prior_precision", prior_precision)
+        self.prior_precision: float = POSITIVE("prior_precision", prior_precision)
+        self.memory_budget = BYTES("memory_budget", memory_budget)
         super().__init__(
             model,
             likelihood=likelihood,
@@ -69,8 +71,6 @@ class LaplaceBaseline(Predictor):
                 f"laplace-torch has no likelihood like {self.likelihood!r}; use "
                 f'"classification" or "regression".'
             )
-        self.prior_precision = prior_precision
-        self.memory_budget = memory_budget
 
     def fit(self, train_loader: Loader) -> "Self":
         """Compute the curvature on the training data; calling it again starts again.

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps
+from ella.arguments import one_of
 from ella.baselines._laplace import LaplaceBaseline, LaplaceLoader, fit_laplace, num_bytes
 from ella.batches import Batches, Split
 from ella.choosing import input_of, last_linear
-from ella.inputs import Inputs, check_choice, slices
+from ella.inputs import Inputs, slices
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
 from ella.outputs import Output
@@ -62,7 +63,7 @@ class LastLayerLaplace(LaplaceBaseline):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        check_choice("structure", structure, STRUCTURES)
+        one_of(*STRUCTURES)("structure", structure)
         super().__init__(
             model,
             likelihood=likelihood,

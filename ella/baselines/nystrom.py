@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ella.arguments import COUNT
 from ella.baselines._laplace import (
     LaplaceBaseline,
     fit_laplace,
@@ -69,7 +70,8 @@ class NystromLaplace(LaplaceBaseline):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        if not 1 <= rank <= subsample:
+        rank, subsample = COUNT("rank", rank), COUNT("subsample", subsample)
+        if rank > subsample:
             raise ValueError(
                 f"`rank` must lie in 1..subsample; got rank={rank}, subsample={subsample}."
             )

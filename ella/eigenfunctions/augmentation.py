@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ella.arguments import FUNCTION, NOT_NEGATIVE, SHARE, optional, real, settle
 from ella.eigenfunctions.tokens import PerturbTokens, is_ids
 from ella.inputs import Inputs, Rows
 
@@ -40,6 +41,9 @@ class Perturb:
         noise: Largest standard deviation of added Gaussian noise, as a share of the input's; half
             of the inputs get some.
         tokens: What happens to token ids; None leaves them as they are.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     crop: float = 0.7
@@ -47,6 +51,10 @@ class Perturb:
     blur: float = 1.4
     noise: float = 0.4
     tokens: PerturbTokens | None = field(default_factory=PerturbTokens)
+
+    def __post_init__(self) -> None:
+        settle(self, crop=real(0, 1, without_least=True), mix=SHARE)
+        settle(self, blur=NOT_NEGATIVE, noise=NOT_NEGATIVE, tokens=optional(FUNCTION))
 
     def __call__(self, x: Inputs, generator: torch.Generator) -> Inputs:
         """See `Augmentation`."""
@@ -76,8 +84,8 @@ class Perturb:
                 found[name] = x
                 continue
             changed = self._perturb(x, generator)
-            for real in masks_of(x, named):
-                changed = torch.where(real, changed, x)
+            for counts in masks_of(x, named):
+                changed = torch.where(counts, changed, x)
             found[name] = changed
         ids = [name for name, x in named.items() if is_ids(name, x)]
         if self.tokens is not None and ids:

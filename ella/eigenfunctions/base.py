@@ -2,8 +2,9 @@
 
 from typing import Protocol
 
+from ella.arguments import one_of
 from ella.batches import Batches, Loader
-from ella.inputs import Inputs, check_choice
+from ella.inputs import Inputs
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -75,4 +76,4 @@ def check_product_residual(residual: str) -> None:
             'residual="factor" is learned, by NeuralEF alone. This method has the real one: use '
             'residual="exact".'
         )
-    check_choice("residual", residual, PRODUCT_RESIDUALS)
+    one_of(*PRODUCT_RESIDUALS)("residual", residual)

@@ -161,6 +161,8 @@ class NeuralFeatures:
         eigenvalues = mixing.new_ones(mixing.shape[1])
         if "eigenvalues" in state.tensors:
             eigenvalues = state.tensor("eigenvalues", tuple(eigenvalues.shape), mixing.dtype)
+            if (eigenvalues < -1e-6 * eigenvalues.abs().max()).any():
+                raise ValueError("`eigenvalues` must not be below 0")
         eigennetwork = _network(state, made, factory, mixing)
         residual = _residual(state) if state.settings["residual"] is not None else None
         return cls(taps, Eigenbasis(eigennetwork, mixing, eigenvalues), residual, made)

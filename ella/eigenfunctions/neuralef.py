@@ -7,6 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ella.activations import FeatureTaps
+from ella.arguments import (
+    COUNT,
+    FUNCTION,
+    having,
+    instance,
+    one_of,
+    optional,
+    settle,
+    whole,
+)
 from ella.batches import Batches, Loader, as_batches
 from ella.choosing import choose_taps
 from ella.collection import Collection
@@ -20,7 +30,7 @@ from ella.eigenfunctions.residuals import (
     chosen,
 )
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
-from ella.inputs import Inputs, check_choice, num_examples, slices, take
+from ella.inputs import Inputs, num_examples, slices, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.saving import State
@@ -36,10 +46,14 @@ from ella.spectral import (
     feature_ritz,
     train,
 )
+from ella.spectral.networks import MAX_DEPTH
 
 RESIDUALS = ("diag", "factor", "none")
 READS = ("activations", "inputs")
 SKETCHES = ("auto", "count", "kronecker")
+WIDEST = 2**20
+"""Most hidden units: a layer of more asks for terabytes."""
+OBJECTIVE = having("an objective such as NestedLoRA()", "gradient", "loss")
 LEARNING_STREAM = 2**32
 """Added to the seed, so that batches are not drawn like the Jacobian's rows."""
 
@@ -107,13 +121,12 @@ class NeuralEF:
     residual: str = "diag"
 
     def __post_init__(self) -> None:
-        for name in ("rank", "num_inputs", "num_directions", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        if self.depth < 0:
-            raise ValueError(f"`depth` must be at least 0; got {self.depth}.")
-        check_choice("reads", self.reads, READS)
-        check_choice("sketch", self.sketch, SKETCHES)
+        counts = {"rank": COUNT, "num_inputs": COUNT, "num_directions": COUNT}
+        sizes = {"width": whole(1, WIDEST), "depth": whole(0, MAX_DEPTH)}
+        trainings = dict.fromkeys(("teacher", "training"), optional(instance(Training)))
+        functions = dict.fromkeys(("network", "augment"), optional(FUNCTION))
+        settle(self, **counts, **sizes, **trainings, **functions)
+        settle(self, objective=OBJECTIVE, reads=one_of(*READS), sketch=one_of(*SKETCHES))
         check_residual(self.residual)
         if self.teacher is None and self.training is None:
             raise ValueError("NeuralEF needs `teacher` or `training`; both are None.")
@@ -341,7 +354,7 @@ def check_residual(residual: str) -> None:
             'NeuralEF learns the residual: use residual="diag", "factor" or "none", or '
             'Nystrom with residual="exact".'
         )
-    check_choice("residual", residual, RESIDUALS)
+    one_of(*RESIDUALS)("residual", residual)
 
 
 def exact_blocks(sample: KernelSample) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.arguments import COUNT, one_of, settle
 from ella.batches import Batches, Loader, as_batches
 from ella.eigenfunctions.base import check_product_residual
-from ella.inputs import Inputs, check_choice, num_examples, take
+from ella.inputs import Inputs, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.predictive import LogitGaussian
@@ -46,11 +47,7 @@ class Nystrom:
 
     def __post_init__(self) -> None:
         check_product_residual(self.residual)
-        check_choice("outputs", self.outputs, OUTPUTS)
-        if self.rank < 1 or self.subsample < 1:
-            raise ValueError(
-                f"`rank` and `subsample` must be at least 1; got {self.rank}, {self.subsample}."
-            )
+        settle(self, rank=COUNT, subsample=COUNT, outputs=one_of(*OUTPUTS))
 
     def fit(
         self, linearized: Linearized, loader: Loader | Batches, *, seed: int, progress: bool

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ella.arguments import SHARE, optional, settle, whole
 from ella.inputs import MASK_KEY
 
 SHORTEST = 4
@@ -36,12 +37,22 @@ class PerturbTokens:
         replace: Share of the tokens that are replaced.
         special: Ids that stay, whatever the batch looks like.
         padding: The id of padding; None is what a batch has where its mask is 0.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     delete: float = 0.1
     replace: float = 0.15
     special: tuple[int, ...] = ()
     padding: int | None = None
+
+    def __post_init__(self) -> None:
+        ids = whole(-(2**63), 2**63 - 1)
+        settle(self, delete=SHARE, replace=SHARE, padding=optional(ids))
+        if not isinstance(self.special, (tuple, list)):
+            raise ValueError(f"`special` must be a tuple of token ids; got {self.special!r}.")
+        object.__setattr__(self, "special", tuple(ids("special", each) for each in self.special))
 
     def __call__(
         self, named: dict[str, Tensor], ids: str, generator: torch.Generator

@@ -7,7 +7,7 @@ for: a subclass of `Discrete` if the response is probabilities, else of `Likelih
 
 from collections.abc import Callable
 
-from ella.inputs import check_positive
+from ella.arguments import POSITIVE
 from ella.likelihoods.base import Discrete, Likelihood, Losses, Spreads
 from ella.likelihoods.bernoulli import Bernoulli
 from ella.likelihoods.categorical import Categorical
@@ -43,13 +43,13 @@ def as_likelihood(likelihood: str | Likelihood, noise_variance: float | None = N
         ValueError: For another name, or a noise variance of something else.
     """
     if noise_variance is not None:
-        check_positive("noise_variance", noise_variance)
+        POSITIVE("noise_variance", noise_variance)
         if likelihood != "regression":
             raise ValueError('`noise_variance` is for likelihood="regression".')
         return Normal(noise_variance)
     if isinstance(likelihood, Likelihood):
         return likelihood
-    if likelihood not in SHORTHAND:
+    if not isinstance(likelihood, str) or likelihood not in SHORTHAND:
         names = ", ".join(repr(name) for name in SHORTHAND)
         raise ValueError(
             f"`likelihood` must be one of {names}, or a Likelihood; got {likelihood!r}."

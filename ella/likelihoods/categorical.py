@@ -1,13 +1,14 @@
 """Classes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ella.arguments import SHARE, optional, settle, whole
 from ella.likelihoods.base import Discrete
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, corrected_energy, energy, max_logit_p_norm
@@ -35,14 +36,23 @@ class Categorical(Discrete):
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo, LaplaceBridge)
 
     def __post_init__(self) -> None:
+        settle(
+            self,
+            ignore_index=optional(whole(-(2**63), 2**63 - 1)),
+            label_smoothing=SHARE,
+        )
         if self.class_weights is not None:
+            if not isinstance(self.class_weights, Iterable) or isinstance(self.class_weights, str):
+                raise ValueError(
+                    f"`class_weights` must be numbers, one a class; got {self.class_weights!r}."
+                )
             weights = tuple(float(weight) for weight in self.class_weights)
             if not weights or not all(0 < weight < math.inf for weight in weights):
                 raise ValueError(
                     f"`class_weights` must be finite numbers above 0, one a class; got {weights}."
                 )
             object.__setattr__(self, "class_weights", weights)
-        if not 0 <= self.label_smoothing < 1:
+        if self.label_smoothing == 1:
             raise ValueError(f"`label_smoothing` must lie in [0, 1); got {self.label_smoothing}.")
 
     def check(self, y: Tensor, num_outputs: int) -> Tensor:

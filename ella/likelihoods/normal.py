@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.inputs import check_positive
+from ella.arguments import POSITIVE, optional, settle
 from ella.likelihoods.base import Likelihood, Losses, Spreads
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, logit_variance
@@ -35,8 +35,7 @@ class Normal(Likelihood):
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo, LaplaceBridge)  # all are exact here
 
     def __post_init__(self) -> None:
-        if self.noise_variance is not None:
-            check_positive("noise_variance", self.noise_variance)
+        settle(self, noise_variance=optional(POSITIVE))
 
     def check(self, y: Tensor, num_outputs: int) -> Tensor:
         """Targets of shape (n, c), or (n,) for one output; see `check_real_targets`."""
@@ -66,6 +65,11 @@ class Normal(Likelihood):
         if self.noise_variance is not None:
             return self.noise_variance
         squares, count = statistics.tolist()
+        if not squares < math.inf:
+            raise ValueError(
+                "The squares of the residuals of the training targets overflow. Scale the targets "
+                "to what the model was trained on, or pass `noise_variance`."
+            )
         return max(squares / count, MIN_VARIANCE)
 
     def dispersion(self, scale: float) -> float:

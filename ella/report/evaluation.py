@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ella.arguments import one_of
 from ella.batches import Loader
-from ella.inputs import Inputs, check_choice
+from ella.inputs import Inputs
 from ella.likelihoods import Discrete
 from ella.predictions import Predictive
 from ella.predictor import Predictor
@@ -63,7 +64,7 @@ def evaluate(
         ValueError: If a name or a batch is bad, or a method is not for classes.
     """
     check_methods(methods)
-    check_choice("score", score, [each.name for each in fields(Uncertainty)])
+    one_of(*(each.name for each in fields(Uncertainty)))("score", score)
     if not 0 < risk < 1:
         raise ValueError(f"`risk` must lie between 0 and 1, both excluded; got {risk!r}.")
     pair = Pair.of(list(methods), method, against)
@@ -93,8 +94,8 @@ class Pair:
         judged = names[-1] if method is None else method
         default = SCALING if SCALING in names and judged != SCALING else names[0]
         other = default if against is None else against
-        check_choice("method", judged, names)
-        check_choice("against", other, names)
+        one_of(*names)("method", judged)
+        one_of(*names)("against", other)
         if judged == other:
             raise ValueError(f"`method` and `against` are both {judged!r}: nothing to compare.")
         return cls(names, names.index(judged), names.index(other))

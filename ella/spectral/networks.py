@@ -96,6 +96,8 @@ class ResidualMLP(nn.Module):
                 raise ValueError(f"{name!r} must be a tensor {tuple(empty.shape)}; got {got}")
             if not torch.isfinite(found).all():
                 raise ValueError(f"{name!r} holds NaN or infinite values")
+        if not (tensors["scale"] > 0).all():
+            raise ValueError("'scale' must be above 0")
         network.load_state_dict(dict(tensors), assign=True)
         return network
 

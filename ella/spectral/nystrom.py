@@ -75,7 +75,16 @@ def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def numerical_eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """All eigenpairs above rounding error, decreasing: values (r,) and vectors (m, r), float64."""
+    """All eigenpairs above rounding error, decreasing: values (r,) and vectors (m, r), float64.
+
+    Raises:
+        ValueError: If the matrix is not finite.
+    """
+    if not torch.isfinite(gram).all():
+        raise ValueError(
+            "The kernel is not finite at the sampled inputs: gradients of the model overflow. "
+            "Check the scale of its inputs and weights."
+        )
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0), vectors.flip(1)
     carried = int((values > torch.finfo(gram.dtype).eps * len(gram) * values[0]).sum())

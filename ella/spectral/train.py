@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ella.arguments import COUNT, NOT_NEGATIVE, POSITIVE, settle
 from ella.spectral.losses import Loss
 from ella.spectral.problems import Batch
 
@@ -24,6 +25,9 @@ class Training:
         checks: How often, over the whole run, the held-out loss is measured; the best weights are
             kept, and training stops after `patience` checks without a better one.
         patience: See `checks`.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     steps: int = 1500
@@ -32,6 +36,10 @@ class Training:
     weight_decay: float = 1e-2
     checks: int = 20
     patience: int = 8
+
+    def __post_init__(self) -> None:
+        settle(self, **dict.fromkeys(("steps", "batch_size", "checks", "patience"), COUNT))
+        settle(self, learning_rate=POSITIVE, weight_decay=NOT_NEGATIVE)
 
 
 def train(

@@ -1,0 +1,107 @@
+"""What comes of attacks on the library is right, or our error: never NaN, never another's message.
+
+The table is in `attacks.py`, one line a case.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from attacks import FAMILIES, World, verdict
+
+import ella as package
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:calibrate. "),
+    # Of Python 3.12 and later, where a process with threads forks.
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+]
+
+CASES = [
+    pytest.param(attack, outcome, id=f"{family}: {name}")
+    for family, cases in FAMILIES.items()
+    for name, (attack, outcome) in cases.items()
+]
+
+
+@pytest.mark.parametrize(("attack", "outcome"), CASES)
+def test_attack(attack, outcome, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert verdict(attack, outcome, World(tmp_path)) in ("right", "our error")
+
+
+# Interrupted at any moment
+
+
+class Interruption:
+    """Ctrl-C at the n-th line that is run in the package."""
+
+    def __init__(self, at):
+        self.left = at
+        self.root = str(Path(package.__file__).parent)
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+    def trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(self.root):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.trace
+
+
+CALLS = {
+    "fit": lambda world, ella: ella.fit(world.val),
+    "calibrate": lambda world, ella: ella.calibrate(world.val, n_samples=4),
+    "partial_fit": lambda world, ella: ella.partial_fit(world.val),
+    "forget": lambda world, ella: ella.forget(world.train[:1]),
+    "predict_proba": lambda world, ella: ella.predict_proba(world.test),
+    "save": lambda world, ella: ella.save(world.path),
+}
+MOMENTS = 34
+"""Of each call: 204 in all."""
+
+
+@pytest.mark.parametrize("method", ["nystrom", "neural"])
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupted_call_changes_nothing_or_all(name, method, tmp_path):
+    world, call = World(tmp_path), CALLS[name]
+    ella = world.ella(method)
+    file = world.saved(method)
+    before, flags = ella.predict_proba(world.test), state_of(ella.model)
+    done = world.ella(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Interruption(-1) as counting:
+            call(world, done)
+    after, new_file = done.predict_proba(world.test), world.path.read_bytes()
+    lines = -1 - counting.left
+    moments = torch.randint(1, lines, (MOMENTS // 2,), generator=torch.Generator().manual_seed(0))
+    for moment in moments.tolist():
+        world.path.write_bytes(file)
+        twin = world.ella(method)
+        with pytest.raises(KeyboardInterrupt), Interruption(moment):
+            call(world, twin)
+        assert state_of(twin.model) == flags
+        found = twin.predict_proba(world.test)
+        assert torch.equal(found, before) or torch.equal(found, after)
+        assert world.path.read_bytes() in (file, new_file)
+        assert [p.name for p in tmp_path.iterdir()] == [world.path.name]
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def state_of(model):
+    """What a call must not change: modes, gradients, hooks and values."""
+    modules = [(m.training, len(m._forward_hooks), sorted(vars(m))) for m in model.modules()]
+    weights = [(p.requires_grad, p.grad, p.tolist()) for p in model.parameters()]
+    return modules, weights, torch.get_rng_state().tolist()
