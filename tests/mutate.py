@@ -11,15 +11,20 @@ that a run can stop and go on. The working tree is not touched.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
+import resource
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -65,49 +70,76 @@ def mutants():
     return found
 
 
-def tried(mutant):
-    """ "killed" or "survived": by a child that has loaded torch already, but no ella."""
+def tried(mutant, change=True):
+    """Whether it was "killed" or has "survived", by a child that has loaded torch, but no ella.
+
+    Args:
+        mutant: See `Mutant`.
+        change: False runs the tests on the package as it is.
+    """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "ella", Path(folder, "ella"))
-        mutant.applied(Path(folder, "ella"))
+        if change:
+            mutant.applied(Path(folder, "ella"))
+        log = Path(folder, "log")
         child = os.fork()
         if not child:
-            os._exit(run_tests(folder, shlex.split(mutant.tests)))
-        return "survived" if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 else "killed"
+            code = INTERNAL
+            with log.open("w") as file, contextlib.suppress(BaseException):
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                code = run_tests(folder, shlex.split(mutant.tests))
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code in (FAILED, UNREADABLE, -signal.SIGXCPU):
+            return "killed"
+        if code != PASSED:
+            raise RuntimeError(
+                f"{mutant.name}: pytest ended with {code}:\n{log.read_text()[-2000:]}"
+            )
+        return "survived"
+
+
+PASSED, FAILED, UNREADABLE, INTERNAL = 0, 1, 2, 3
+"""Exit codes of pytest; the third is that of a module that cannot be imported any more."""
 
 
 def run_tests(folder, arguments):
-    import resource
-
-    import pytest
-
-    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT))
+    """In a child: tests of the working tree, of the package in a folder."""
+    resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 5))
     os.environ["PYTHONPATH"] = folder
-    sys.path.insert(0, folder)
     os.chdir(ROOT)
-    sys.path = [p for p in sys.path if p not in ("", str(ROOT))]
-    import ella
+    sys.path = [folder, *(p for p in sys.path if p and Path(p) != ROOT)]
+    found = importlib.import_module("ella").__file__
+    if Path(found).parent != Path(folder, "ella"):
+        raise RuntimeError(f"the tests would see {found}")
+    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", PRELOADED]
+    return int(pytest.main([*quiet, *arguments]))
 
-    assert Path(ella.__file__).parent == Path(folder, "ella"), ella.__file__
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+
+PRELOADED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+WARM = ("torch", "hypothesis", "safetensors.torch", "tqdm.auto", "numpy")
+"""Loaded once, for all children."""
 
 
 def main(words, again=False):
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     chosen = [m for m in mutants() if all(word in m.name for word in words)]
-    import hypothesis  # noqa: F401 - loaded once, for all children
-    import pytest  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import torch  # noqa: F401
-    import tqdm.auto  # noqa: F401
-
+    for name in WARM:
+        importlib.import_module(name)
+    sound = set()
     for mutant in chosen:
         if mutant.name in known and not again:
             continue
+        if mutant.tests not in sound and tried(mutant, change=False) == "killed":
+            raise RuntimeError(f"these tests fail anyway: {mutant.tests}")
+        sound.add(mutant.tests)
         start = time.perf_counter()
         known[mutant.name] = tried(mutant)
-        print(f"{known[mutant.name]:8} {time.perf_counter() - start:5.1f} s  {mutant.name}")
+        print(
+            f"{known[mutant.name]:8} {time.perf_counter() - start:5.1f} s  {mutant.name}",
+            flush=True,
+        )
         ordered = {m.name: known[m.name] for m in mutants() if m.name in known}
         RESULTS.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
     survived = [m.name for m in chosen if known.get(m.name) == "survived"]

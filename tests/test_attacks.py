@@ -3,13 +3,14 @@
 The table is in `attacks.py`, one line a case.
 """
 
+import json
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from attacks import FAMILIES, World, verdict
+from attacks import FAMILIES, HERE, OUTCOMES, World, verdict
 
 import ella as package
 
@@ -30,6 +31,23 @@ CASES = [
 def test_attack(attack, outcome, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert verdict(attack, outcome, World(tmp_path)) in ("right", "our error")
+
+
+def test_the_table_is_that_of_these_cases():
+    """The README's numbers of cases, none of them bad, and all changes of the core noticed."""
+    text = (HERE / "README.md").read_text()
+    for family, cases in FAMILIES.items():
+        right = sum(outcome in OUTCOMES for _, outcome in cases.values())
+        row = f"| {family} | {len(cases)} | {right} | {len(cases) - right} | 0 |"
+        assert row in text, f"run `python -m tests.summary`; expected {row}"
+    outcomes = json.loads((HERE / "mutants.json").read_text())
+    survived = [name for name, outcome in outcomes.items() if outcome == "survived"]
+    assert set(survived) <= set(EQUIVALENT)
+    assert f"{len(outcomes) - len(survived)} of {len(outcomes)} noticed" in text
+
+
+EQUIVALENT = ()
+"""Changes that change nothing, with the reason."""
 
 
 # Interrupted at any moment

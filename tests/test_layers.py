@@ -157,5 +157,5 @@ def test_the_house_stays_small():
     lengths = {path.name: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
     assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
     assert count(ast.Name, "cast") <= 2
-    assert count(ast.Assert) <= 4
+    assert count(ast.Assert) == 0  # what is wrong is said, also under `python -O`
     assert count(ast.Name, "Any") <= 70

@@ -103,6 +103,14 @@ def test_the_hyperprior_is_a_normal_and_its_lattice_integrates():
     assert log_sum(lattice) == pytest.approx(integral, abs=0.12)  # of two deviations each side
 
 
+def test_a_search_starts_at_a_temperature_of_one_and_the_initial_scale():
+    logits, y = data()
+    expected = Hyperprior((0.0, 0.0), (0.25, 0.15), 40)
+    assert search(Categorical(), y, logits)._hyperprior == expected
+    other = search(Normal(), logits, logits, initial_scale=0.2)._hyperprior
+    assert other == Hyperprior((0.0, math.log(0.2)), (2.0, 3.0), 40)
+
+
 # Edges
 
 

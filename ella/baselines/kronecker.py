@@ -23,6 +23,7 @@ from ella.likelihoods import Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
 from ella.outputs import Output
 from ella.predictive import Evaluation, LogitGaussian
+from ella.processes import NO_DATA
 
 PROBED = 32
 """Training examples from which the scale of the prior variance is taken."""
@@ -97,7 +98,8 @@ class KroneckerLaplace(LaplaceBaseline):
         for x, y in self._checked_batches(linearized, batches, "check"):
             first = require_tensor(x) if first is None else first
             num_examples += len(y)
-        assert first is not None
+        if first is None:
+            raise ValueError(NO_DATA)
         blocks = self._run(linearized, batches, num_examples)
         grid = precision_grid(_prior_variance(linearized, blocks, take(first, slice(PROBED))))
 

@@ -17,6 +17,7 @@ from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
 from ella.outputs import Output
 from ella.predictive import Evaluation, LogitGaussian
+from ella.processes import NO_DATA
 
 STRUCTURES = ("full", "kron")
 CHUNK_BYTES = 2**28
@@ -90,7 +91,8 @@ class LastLayerLaplace(LaplaceBaseline):
             taps = taps or _tap(linearized, x)
             features.append(_evaluate_with_input(taps, x)[1].double())
             labels.append(y.double() if y.is_floating_point() else y)
-        assert taps is not None  # an empty loader is an error
+        if taps is None:
+            raise ValueError(NO_DATA)
         layer = self.model.get_submodule(taps.taps[0].module)
         data = LaplaceLoader(lambda: zip(features, labels, strict=True), sum(map(len, labels)))
         laplace = fit_laplace(

