@@ -1,6 +1,7 @@
 """The numbers that shape the predictive, and what `calibrate` says of them."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,3 +83,18 @@ class Tuning:
     scaled_nll: float
     num_examples: int
     edges: tuple[str, ...] = ()
+
+
+def warn_of_edges(tuning: Tuning) -> None:
+    """Say what the validation data do not determine, to the caller of `calibrate`."""
+    if tuning.edges:
+        found = " and ".join(
+            f"the {name.replace('_', ' ')} ({getattr(tuning.hyperparameters, name):.3g})"
+            for name in tuning.edges
+        )
+        warnings.warn(
+            f"calibrate: {tuning.num_examples} validation examples alone would put {found} at "
+            f"an end of the searched range; in brackets is what the hyperprior made of it. "
+            f"More validation data may settle it.",
+            stacklevel=3,
+        )

@@ -19,6 +19,7 @@ from ella.baselines import (
     TemperatureScaling,
 )
 from ella.metrics import negative_log_likelihood
+from ella.predictive import MonteCarlo
 
 PRECISIONS = (0.05, 1.0, 30.0)
 CLASSES = 3
@@ -191,7 +192,9 @@ def test_kronecker_calibrates_with_exact_covariances():
     model, loader = make_case(mlp, (4,))
     method = KroneckerLaplace(model, progress=False).fit(loader)
     x, y = make_data((4,), 30, seed=3)
-    evaluation, _ = method._evaluate_loader(method._batches([(x[:11], y[:11]), (x[11:], y[11:])]))
+    evaluation, _ = method._evaluate_loader(
+        method._batches([(x[:11], y[:11]), (x[11:], y[11:])]), MonteCarlo()
+    )
     grid = method._precisions(evaluation, evaluation.prior_variance())
     for precision in grid:
         cached = evaluation.gaussian(precision).covariance()
