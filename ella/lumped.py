@@ -175,12 +175,12 @@ class Lumped(LogitGaussian):
         """See `LogitGaussian`."""
         if self.outside is not None:
             return super().drawn(num_samples, seed)
-        rows, k = self.factor.shape[1:]
+        n, rows, k = self.factor.shape
         m = self.classes.shape[1]
         normals = standard_normals_like(self.factor, num_samples, k + rows, seed)
         of_class, of_group = normals[:, k : k + m], normals[:, k + m :].unsqueeze(-1)
-        flat = self.factor.permute(2, 1, 0).reshape(k, -1)
-        common = (normals[:, :k] @ flat).view(num_samples, rows, -1)
+        flat = self.factor.permute(2, 1, 0).reshape(k, rows * n)
+        common = (normals[:, :k] @ flat).view(num_samples, rows, n)
         if self.noise is not None:
             root = self.noise[:, :m].clamp_min(0).sqrt()
             common[:, :m].addcmul_(root.T, of_class.unsqueeze(-1))
