@@ -31,6 +31,7 @@ from _report import (
 from _study import TABLES, Study, draw
 from distance import distance_table
 from export import export_table
+from imagenet import imagenet_table
 from latency import latency_table
 from models import large_table, model_table
 from small_validation import table as small_validation_table
@@ -48,6 +49,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "small-validation": small_validation_table,
     "distance": distance_table,
     "export": export_table,
+    "imagenet": imagenet_table,
     "latency": latency_table,
     "models": model_table,
     "models-large": large_table,
