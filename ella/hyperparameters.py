@@ -8,6 +8,10 @@ from ella.likelihoods import Likelihood
 from ella.predictive import LogitGaussian
 
 
+class NotFittedError(RuntimeError):
+    """A method that needs `fit` was called before it."""
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """The numbers that shape the predictive; set by the user, by `fit` or by `calibrate`.

@@ -1,7 +1,7 @@
 """Sums over data, and the Gaussian posterior in the space of eigenfunctions that they make."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -202,9 +202,7 @@ class GaussianPosterior:
 
     def condition(self, prior: LogitGaussian, prior_precision: float) -> LogitGaussian:
         """The Gaussian over the logits of n examples at δ, from the prior at δ = 1."""
-        whiten = self._whitening(prior_precision, prior.factor)
-        outside = None if prior.residual is None else prior.residual / prior_precision
-        return LogitGaussian(prior.mean, prior.factor @ whiten, outside)
+        return prior.conditioned(self._whitening(prior_precision, prior.factor), prior_precision)
 
     def _whitening(self, prior_precision: float, like: Tensor) -> Tensor:
         """`whitening` in the dtype of a tensor; that of the last δ is kept: servers use one."""
@@ -250,11 +248,13 @@ class LaplaceEvaluation(Evaluation):
         prior: Outputs f, φ and R.
         posterior: See `GaussianPosterior`.
         distance: D(x) of the distance term, shape (n,); None without one.
+        variances: Mean of diag κ(x, x), shape (n,), where `prior` holds no longer all outputs.
     """
 
     prior: LogitGaussian
     posterior: GaussianPosterior
     distance: Tensor | None = None
+    variances: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:  # type: ignore[override]
@@ -263,19 +263,35 @@ class LaplaceEvaluation(Evaluation):
 
     def rows(self, index: Tensor | slice) -> "Self":
         """See `Evaluation`."""
-        distance = None if self.distance is None else self.distance[index]
-        return type(self)(self.prior.rows(index), self.posterior, distance)
+        parts = (self.distance, self.variances)
+        of_rows = [None if part is None else part[index] for part in parts]
+        return type(self)(self.prior.rows(index), self.posterior, *of_rows)
 
     @classmethod
     def joined(cls, parts: "Sequence[Self]") -> "Self":
         """See `Evaluation`."""
+        priors = [part.prior for part in parts]
         distances = [part.distance for part in parts if part.distance is not None]
-        prior = LogitGaussian.joined([part.prior for part in parts])
-        return cls(prior, parts[0].posterior, torch.cat(distances) if distances else None)
+        variances = [part.variances for part in parts if part.variances is not None]
+        return cls(
+            type(priors[0]).joined(priors),
+            parts[0].posterior,
+            torch.cat(distances) if distances else None,
+            torch.cat(variances) if variances else None,
+        )
+
+    def condensed(self, how: Callable[[LogitGaussian], LogitGaussian]) -> "LaplaceEvaluation":
+        """See `Evaluation`: of the prior, which conditioning then leaves condensed."""
+        found = how(self.prior)
+        if found is self.prior:
+            return self
+        return replace(self, prior=found, variances=self.prior.variance().mean(-1))
 
     def prior_variance(self) -> float:
         """See `Evaluation`."""
-        return self.prior.variance().double().mean().item()
+        found = self.variances
+        found = self.prior.variance() if found is None else found
+        return found.double().mean().item()
 
     def gaussian(self, prior_precision: float) -> LogitGaussian:
         """See `Evaluation`."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ella.arguments import SEED
 from ella.batches import Batches, Loader
 from ella.calibrate import Search, precision_grid
-from ella.hyperparameters import Hyperparameters, Tuning
+from ella.hyperparameters import Hyperparameters, NotFittedError, Tuning
 from ella.inputs import (
     Collated,
     Inputs,
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
-
-
-class NotFittedError(RuntimeError):
-    """A method that needs `fit` was called before it."""
 
 
 class Predictive(ABC):
@@ -139,11 +135,13 @@ class Predictive(ABC):
     ) -> tuple[Evaluation, Search]:
         """On one set of labelled data, of which this process may have a part, or none."""
         with self._labelled_batches(loader).named() as batches:
-            found = self._evaluate_loader(batches)
+            found = self._evaluate_loader(batches, link)
             processes = batches.processes
         # Without data of its own a process computes along with one example that does not count.
         if found is None or processes.size > 1:
-            first = processes.agreed(None if found is None else _first(*found))
+            first = processes.agreed(
+                None if found is None else (found[0].rows(slice(1)), found[1][:1])
+            )
         evaluation, y = first if found is None else found
         noise = self.likelihood.scale == "noise_variance"
         search = Search(
@@ -290,15 +288,16 @@ class Predictive(ABC):
         chosen = self._require_fitted()
         # No posterior: links only approximate.
         certain = chosen.temperature == 0 and chosen.distance_scale == 0
+        likelihood, seen = self.likelihood, None if certain else link
 
         def average(gaussian: LogitGaussian) -> Tensor:
             if certain:
-                return self.likelihood.response(gaussian.mean, -1)
-            return self.likelihood.predictive(gaussian, link)
+                return likelihood.response(gaussian.mean, -1)
+            return likelihood.predictive(gaussian, link)
 
         found = []
         for inputs in self._input_batches(x):
-            rows = _cat([average(gaussian) for gaussian in self._gaussians_of(inputs, chosen)])
+            rows = _cat([average(each) for each in self._gaussians_of(inputs, chosen, seen)])
             found.append(self._laid_out(rows if then is None else then(rows), inputs))
         return _cat(found)
 
@@ -308,10 +307,18 @@ class Predictive(ABC):
         for inputs in self._input_batches(x):
             yield from self._gaussians_of(inputs, chosen)
 
-    def _gaussians_of(self, inputs: Inputs, chosen: Hyperparameters) -> Iterator[LogitGaussian]:
+    def _gaussians_of(
+        self, inputs: Inputs, chosen: Hyperparameters, link: Link | None = None
+    ) -> Iterator[LogitGaussian]:
+        """In full, or as much as a link has to see."""
         for piece in self._pieces(inputs):
             evaluation = self._evaluate_at(piece, chosen.unit_precision(self.likelihood))
-            yield chosen.gaussian(evaluation.gaussian, self.likelihood)
+            at = evaluation.gaussian if link is None else self._condensed(evaluation, link)
+            yield chosen.gaussian(at, self.likelihood)
+
+    def _condensed(self, evaluation: Evaluation, link: Link) -> Callable[[float], LogitGaussian]:
+        how = partial(self.likelihood.condensed, link=link)
+        return lambda precision: how(evaluation.condensed(how).gaussian(precision))
 
     # What comes in
 
@@ -361,33 +368,30 @@ class Predictive(ABC):
     def _look_at_validation(self, x: Inputs, *, first: bool) -> None:  # noqa: B027
         """Say if the batch is no validation data."""
 
-    def _evaluate_loader(self, batches: Batches) -> tuple[Evaluation, Tensor] | None:
+    def _evaluate_loader(self, batches: Batches, link: Link) -> tuple[Evaluation, Tensor] | None:
         """Evaluations of a whole loader, joined, and its checked labels; None if it is empty."""
         parts: list[Evaluation] = []
-        targets = []
+        targets: list[Tensor] = []
         for x, y in self._progress_over(batches.labelled(), "evaluate"):
             self._look_at_validation(x, first=not parts)
-            found = [self._evaluate(part) for part in self._cut(x)]
-            parts.extend(found)
-            targets.append(self.likelihood.check(y, found[0].logits.shape[1]))
+            start = 0
+            for piece in self._cut(x):
+                found = self._evaluate(piece)
+                if start == 0:
+                    targets.append(self.likelihood.check(y, found.logits.shape[1]))
+                own = targets[-1][start : start + len(found.logits)]
+                start += len(own)
+                parts.append(found.condensed(partial(self.likelihood.condensed, link=link, y=own)))
         return (type(parts[0]).joined(parts), torch.cat(targets)) if parts else None
 
     def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:
-        bar: Iterable[T] = tqdm(items, desc=what, disable=not self.progress, leave=False)
-        return bar
+        return iter(tqdm(items, desc=what, disable=not self.progress, leave=False))
 
     def _require_fitted(self) -> Hyperparameters:
         if self.hyperparameters is None:
             name = type(self).__name__
-            raise NotFittedError(
-                f"This {name} is not fitted. Call {name}.fit(train_loader) first."
-            )
+            raise NotFittedError(f"This {name} is not fitted. Call its fit(train_loader) first.")
         return self.hyperparameters
-
-
-def _first(evaluation: Evaluation, y: Tensor) -> tuple[Evaluation, Tensor]:
-    """One example."""
-    return evaluation.rows(slice(1)), y[:1]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

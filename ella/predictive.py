@@ -44,7 +44,7 @@ class LogitGaussian:
     residual: Tensor | None = None
     outside: Tensor | None = None
 
-    def rows(self, index: Tensor | slice) -> "LogitGaussian":
+    def rows(self, index: Tensor | slice) -> "Self":
         """Some of the examples."""
         return self._each(lambda tensor: tensor[index])
 
@@ -60,13 +60,13 @@ class LogitGaussian:
             torch.cat(outside) if outside else None,
         )
 
-    def to(self, device: torch.device | str) -> "LogitGaussian":
+    def to(self, device: torch.device | str) -> "Self":
         """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "LogitGaussian":
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Self":
         found = {name: None if t is None else function(t) for name, t in vars(self).items()}
-        return LogitGaussian(**found)  # type: ignore[arg-type] # None only where it may be
+        return replace(self, **found)  # type: ignore[arg-type] # None only where it may be
 
     def widened(self, scale: float) -> "LogitGaussian":
         """With `outside` multiplied; 0 leaves it out."""
@@ -106,6 +106,11 @@ class LogitGaussian:
             return covariance + self.residual
         covariance.diagonal(dim1=1, dim2=2).add_(self.residual)
         return covariance
+
+    def conditioned(self, whitening: Tensor, prior_precision: float) -> "LogitGaussian":
+        r"""The Gaussian :math:`N(m, F W W^\top F^\top + D/δ)`; W of shape (k, k)."""
+        residual = None if self.residual is None else self.residual / prior_precision
+        return LogitGaussian(self.mean, self.factor @ whitening, residual)
 
     def tempered(self, temperature: float, logit_temperature: float) -> "LogitGaussian":
         r"""The Gaussian :math:`N(m/τ, T (F F^\top + D)/τ^2 + v I)`, T and τ being arguments."""
@@ -161,7 +166,7 @@ class LogitGaussian:
             return self.settled().compressed().deviations(num_samples, seed)
         n, c, k = self.factor.shape
         extra_dims = 0 if self.residual is None else c
-        normals = _normals_like(self.factor, num_samples, k + extra_dims, seed)
+        normals = standard_normals_like(self.factor, num_samples, k + extra_dims, seed)
         draws = (normals[:, :k] @ self.factor.permute(2, 1, 0).reshape(k, c * n)).view(-1, c, n)
         if self.residual is None:
             return draws
@@ -170,22 +175,23 @@ class LogitGaussian:
             return draws.addcmul_(root.T, extra.unsqueeze(-1))
         return draws.add_(torch.einsum("ncd,sd->scn", root, extra))
 
+    def drawn(self, num_samples: int, seed: int) -> Callable[[float, float], Tensor]:
+        """(T, τ) ↦ draws (num_samples, c, n) of `tempered(T, τ)`, from the same normals.
 
-def tempered_draws(
-    gaussian: LogitGaussian, num_samples: int, seed: int
-) -> Callable[[float, float], Tensor]:
-    """(T, τ) ↦ draws (num_samples, c, n) of `gaussian.tempered(T, τ)`, from the same normals.
+        Those of T = τ = 1 are made once, then scaled, unless a part of the variance is not.
+        """
+        if self.outside is not None:
+            return lambda t, scale: self.tempered(t, scale).draws(num_samples, seed)
+        mean = self.mean.T
+        deviations = self.compressed().deviations(num_samples, seed)
+        return lambda t, scale: torch.add(mean / scale, deviations, alpha=math.sqrt(t) / scale)
 
-    Those of T = τ = 1 are made once, then scaled, unless a part of the variance is not.
-    """
-    if gaussian.outside is not None:
-        return lambda t, scale: gaussian.tempered(t, scale).draws(num_samples, seed)
-    mean = gaussian.mean.T
-    deviations = gaussian.compressed().deviations(num_samples, seed)
-    return lambda t, scale: torch.add(mean / scale, deviations, alpha=math.sqrt(t) / scale)
+    def spread(self, probs: Tensor) -> Tensor:
+        """Probabilities of all classes from those of the logits; here they are the same."""
+        return probs
 
 
-def _normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:
+def standard_normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:
     """Standard normals in the dtype and on the device of a tensor; not to be written into."""
     if num_samples * dim > KEPT_NUMBERS:
         return standard_normals(num_samples, dim, seed).to(like)
@@ -267,8 +273,8 @@ class MonteCarlo(Link):
     def tempered(
         self, gaussian: LogitGaussian, response: Response = torch.softmax
     ) -> Callable[[float, float], Tensor]:
-        """See `Link.tempered`, and `tempered_draws`."""
-        draws = tempered_draws(gaussian, self.num_samples, self.seed)
+        """See `Link.tempered`, and `LogitGaussian.drawn`."""
+        draws = gaussian.drawn(self.num_samples, self.seed)
         return lambda t, scale: response(draws(t, scale), 1).mean(0).T.contiguous()
 
 
@@ -354,6 +360,14 @@ class Evaluation(ABC):
     def distance(self) -> Tensor | None:
         """D(x) of the distance term, shape (n,); None without one."""
         return None
+
+    def condensed(self, how: Callable[[LogitGaussian], LogitGaussian]) -> "Evaluation":
+        """The same with less to keep, for those who pass its Gaussians through `how` anyway.
+
+        Args:
+            how: `Likelihood.condensed`, with its other arguments.
+        """
+        return self
 
     @abstractmethod
     def gaussian(self, prior_precision: float) -> LogitGaussian:

@@ -21,6 +21,9 @@ from ella.arguments import check_path
 FORMAT = 2
 """Written now; `read` takes 1, too."""
 
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes in which `State.narrowed` stores."""
+
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError)
 """What reading a part of a file raises if the file is not what it says."""
 
@@ -62,6 +65,35 @@ class State:
     def to(self, device: torch.device | str) -> "State":
         """The same with its tensors on a device."""
         return State({name: t.to(device) for name, t in self.tensors.items()}, self.settings)
+
+    def narrowed(self, names: Sequence[str], dtype: torch.dtype) -> "State":
+        """The same with matrices of some parts in half precision; vectors stay as they are.
+
+        Args:
+            names: Of the parts.
+            dtype: torch.bfloat16 or torch.float16.
+
+        Raises:
+            ValueError: If the dtype is another, no such matrix is there, or one does not fit.
+        """
+        if dtype not in HALF:
+            known = " or ".join(map(str, HALF))
+            raise ValueError(f"`dtype` must be {known}, or None for all digits; got {dtype!r}.")
+        prefixes = tuple(f"{name}." for name in names)
+        large = {
+            name: tensor.to(dtype)
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefixes) and tensor.ndim > 1 and tensor.is_floating_point()
+        }
+        if not large:
+            raise ValueError(
+                "`dtype` is for the weights of networks, and there are none. Use dtype=None."
+            )
+        if bad := [name for name, tensor in large.items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(
+                f"{bad[0]!r} holds values that {dtype} cannot. Use dtype=torch.bfloat16 or None."
+            )
+        return State({**self.tensors, **large}, self.settings)
 
     # What is there, checked before anything is built from it
 

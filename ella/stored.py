@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ella.arguments import check_path
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+NETWORKS = ("fitted.network", "fitted.residual.network")
+"""Parts of a file that are the weights of networks."""
+
+
 class Stored(Predictor):
     """What of an estimator is in a file: everything but the model.
 
@@ -47,12 +52,19 @@ class Stored(Predictor):
     distance: Distance | None
     _fit: Fit | None = None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a safetensors file: every stage, all settings and the model's fingerprint.
 
         The model itself is not in it. On any failure an old file stays as it was.
 
+        Args:
+            path: The file.
+            dtype: torch.bfloat16 or torch.float16 stores the weight matrices of NeuralEF's
+                networks in half precision, which `load` widens again: half the size, and
+                probabilities that differ by what rounding does. None keeps all digits.
+
         Raises:
+            ValueError: If `dtype` is another, or there is no network, as without `NeuralEF`.
             NotFittedError: Before `fit`.
             ModelChangedError: If the weights changed since: new weights do not belong to old
                 eigenfunctions.
@@ -60,7 +72,8 @@ class Stored(Predictor):
             TypeError: If `path` is none.
         """
         self.network.refreshed_fingerprint()
-        write(path, self._state())
+        state = self._state()
+        write(path, state if dtype is None else state.narrowed(NETWORKS, dtype))
 
     @classmethod
     def load(

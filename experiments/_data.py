@@ -6,6 +6,7 @@
     <root>/cifar10/data_batch_{1..5}.webp, test_batch.webp, labels.npz   mosaics of 32x32 tiles;
                         without them torchvision's CIFAR10(root, download=True) is used
     <root>/ood/cifar100_5000.webp, tinyimagenet_val_5000_32x32.webp      mosaics
+                        with their labels in ood/labels.npz
     <root>/{FashionMNIST,MNIST}/raw/*.gz                                 as torchvision leaves them
 """
 
@@ -28,6 +29,22 @@ from torchvision import datasets as tv
 DATASETS = ("digits", "fashionmnist", "mnist", "cifar10")
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+# fmt: off
+TINY_IMAGENET = (
+    285, 758, 890, 765, 951, 30, 430, 972, 967, 731, 704, 235, 532, 323, 294, 779, 963, 338, 879,
+    687, 683, 645, 1, 964, 604, 978, 508, 354, 928, 677, 811, 474, 372, 113, 973, 146, 815, 329,
+    414, 208, 932, 145, 325, 76, 387, 737, 954, 806, 314, 744, 440, 315, 565, 924, 761, 25, 975,
+    367, 707, 568, 970, 619, 862, 398, 675, 427, 281, 99, 105, 466, 485, 849, 448, 353, 400, 866,
+    301, 655, 207, 873, 471, 678, 808, 570, 470, 526, 567, 309, 525, 123, 734, 605, 747, 437, 107,
+    909, 739, 774, 720, 467, 114, 341, 286, 517, 887, 319, 480, 947, 612, 900, 492, 801, 837, 308,
+    627, 128, 149, 817, 899, 839, 345, 929, 877, 496, 462, 71, 910, 716, 768, 786, 821, 283, 760,
+    425, 411, 187, 842, 826, 621, 853, 562, 75, 445, 923, 850, 424, 509, 436, 781, 950, 557, 122,
+    874, 542, 543, 458, 457, 511, 349, 365, 50, 79, 845, 573, 109, 115, 500, 935, 888, 652, 957,
+    488, 614, 917, 69, 347, 733, 61, 735, 435, 311, 313, 151, 32, 291, 406, 682, 438, 945, 421,
+    463, 635, 962, 576, 267, 988, 625, 447, 938, 386, 366, 982,
+)
+# fmt: on
+"""Of each label of TinyImageNet (the order of its wnids.txt), the class of ImageNet's 1,000."""
 TILE = 32
 TILES_PER_ROW = 100
 
@@ -123,6 +140,21 @@ def load_task(
     if dataset == "cifar10":
         return _cifar_task(data_root(root), generator, (num_train, num_val or 2000, num_test))
     raise ValueError(f"`dataset` must be one of {DATASETS}; got {dataset!r}.")
+
+
+def tiny_imagenet(root: str | Path | None) -> tuple[Tensor, Tensor]:
+    """5,000 validation images of TinyImageNet, uint8, and their classes among ImageNet's 1,000.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+    """
+    folder = data_root(root) / "ood"
+    images = load_mosaic(folder / "tinyimagenet_val_5000_32x32.webp")
+    if not (folder / "labels.npz").is_file():
+        raise _missing(str(folder / "labels.npz"), "it does not exist")
+    with np.load(folder / "labels.npz") as stored:
+        labels = torch.from_numpy(stored["tinyimagenet"].astype(np.int64))
+    return images, torch.tensor(TINY_IMAGENET)[labels]
 
 
 def data_root(root: str | Path | None) -> Path:

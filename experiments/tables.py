@@ -31,6 +31,7 @@ from _report import (
 )
 from _study import TABLES, Study, draw
 from export import export_table
+from imagenet import imagenet_table
 from latency import latency_table
 from models import large_table, model_table
 from scaling import scaling_table
@@ -49,6 +50,7 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "toy": toy_table,
     "small-validation": small_validation_table,
     "export": export_table,
+    "imagenet": imagenet_table,
     "latency": latency_table,
     "mnist1d": signals_table,
     "models": model_table,

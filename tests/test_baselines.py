@@ -14,11 +14,13 @@ from ella import NotFittedError
 from ella.baselines import (
     MAP,
     KroneckerLaplace,
+    LastLayerKronecker,
     LastLayerLaplace,
     NystromLaplace,
     TemperatureScaling,
 )
 from ella.metrics import negative_log_likelihood
+from ella.predictive import MonteCarlo
 
 PRECISIONS = (0.05, 1.0, 30.0)
 CLASSES = 3
@@ -191,7 +193,9 @@ def test_kronecker_calibrates_with_exact_covariances():
     model, loader = make_case(mlp, (4,))
     method = KroneckerLaplace(model, progress=False).fit(loader)
     x, y = make_data((4,), 30, seed=3)
-    evaluation, _ = method._evaluate_loader(method._batches([(x[:11], y[:11]), (x[11:], y[11:])]))
+    evaluation, _ = method._evaluate_loader(
+        method._batches([(x[:11], y[:11]), (x[11:], y[11:])]), MonteCarlo()
+    )
     grid = method._precisions(evaluation, evaluation.prior_variance())
     for precision in grid:
         cached = evaluation.gaussian(precision).covariance()
@@ -421,3 +425,56 @@ def test_a_map_stays_a_map_when_it_is_evaluated_once():
     rows = torch.arange(200)
     before = known.predict_proba(rows)
     assert torch.equal(known.calibrate([(rows, y)]).predict_proba(rows), before)
+
+
+# Many classes
+
+
+def dense_last_layer(model, x, rows, precision):
+    """S(x) from the Kronecker product itself."""
+    body, last = model[:-1], model[-1]
+
+    def inputs(of):
+        h = body(of).detach().double()
+        return torch.cat([h, torch.ones(len(h), 1, dtype=torch.float64)], 1)
+
+    h, p = inputs(rows), model(rows).detach().double().softmax(-1)
+    curvature = sum(torch.diag(each) - torch.outer(each, each) for each in p)
+    product = torch.kron(curvature, h.T @ h / len(h))
+    eye = torch.eye(last.out_features, dtype=torch.float64)
+    jacobians = torch.stack([torch.kron(eye, each.unsqueeze(0)) for each in inputs(x)])
+    inverse = torch.linalg.inv(product + precision * torch.eye(len(product)))
+    return jacobians @ inverse @ jacobians.mT
+
+
+@pytest.mark.parametrize("directions", [2, 7, 20])
+def test_a_kronecker_last_layer_is_the_inverse_of_the_product(directions):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
+    x, y = torch.randn(30, 4), torch.randint(7, (30,))
+    method = LastLayerKronecker(model, directions=directions, prior_precision=0.4, progress=False)
+    method.fit([(x[:20], y[:20]), (x[20:], y[20:])])
+    expected = dense_last_layer(model, x[:6], x, 0.4)
+    found = method.gaussian(x[:6])
+    torch.testing.assert_close(
+        found.variance().double(), expected.diagonal(dim1=1, dim2=2), rtol=1e-4, atol=1e-5
+    )
+    assert found.factor.shape == (6, 7, min(directions, 7))
+    if directions >= 7:
+        torch.testing.assert_close(found.covariance().double(), expected, rtol=1e-4, atol=1e-5)
+    prior = method.evaluated([x]).evaluation
+    dense = dense_last_layer(model, x, x, 1e9).diagonal(dim1=1, dim2=2).mean() * 1e9
+    assert prior.prior_variance() == pytest.approx(dense.item(), rel=1e-4)
+    again = type(prior).joined([prior.rows(slice(4)), prior.rows(slice(4, None))])
+    torch.testing.assert_close(again.gaussian(2.0).variance(), prior.gaussian(2.0).variance())
+    assert method.state_bytes == 8 * (6 + 7) + 4 * (36 + 49)
+
+
+def test_a_kronecker_last_layer_says_what_it_needs():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
+    with pytest.raises(NotFittedError):
+        LastLayerKronecker(model, progress=False).predict(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"straight from an nn.Linear"):
+        LastLayerKronecker(model, progress=False).fit([(torch.randn(9, 4), torch.arange(9) % 3)])
+    with pytest.raises(ValueError, match="`directions`"):
+        LastLayerKronecker(model, directions=0)

@@ -10,7 +10,7 @@ from torch import nn
 from ella import ELLA, Distance, LastLayer, LogitGaussian, NeuralEF, Nystrom, Probit, Training
 from ella.calibrate import Search
 from ella.distance import HIGHEST, ActivationDistance, ActivationSums
-from ella.predictive import MonteCarlo, tempered_draws
+from ella.predictive import MonteCarlo
 from ella.scores import max_logit_p_norm
 
 CLASSES = 3
@@ -263,7 +263,7 @@ def test_draws_of_parts_that_are_tempered_and_one_that_is_not():
     factor = normal(4, CLASSES, 2)
     outside = torch.tensor([0.1, 1.0, 3.0, 0.0], dtype=torch.float64)
     gaussian = LogitGaussian(normal(4, CLASSES, seed=1), factor, factor[..., 0] ** 2, outside)
-    draws = tempered_draws(gaussian, 4000, 0)(2.0, 1.5)
+    draws = gaussian.drawn(4000, 0)(2.0, 1.5)
     expected = 2.0 / 1.5**2 * replace(gaussian, outside=None).covariance()
     expected = expected + outside[:, None, None] * torch.eye(CLASSES)
     centred = draws - gaussian.mean.T / 1.5

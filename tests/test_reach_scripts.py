@@ -44,3 +44,22 @@ def test_casing(load):
         *(0, 1, 1, 2, 0, 1)
     ]
     assert casing("36;10") == load("_dense").IGNORED
+
+
+def test_smoke_imagenet(load, tmp_path, capsys):
+    script = load("imagenet")
+    options = ["--smoke", "--pixels", "16", "--timed-pixels", "16", "--out", str(tmp_path)]
+    script.main(options)
+    first = (tmp_path / "imagenet.json").read_text()
+    assert "| ELLA, NeuralEF |" in capsys.readouterr().out
+    rows = json.loads(first)["rows"]
+    assert [row["method"] for row in rows][-1] == "ELLA, NeuralEF"
+    assert all(0 <= row["accuracy"] <= row["top five"] <= 1 for row in rows)
+    script.main(options)  # goes on: nothing is left to do
+    assert (tmp_path / "imagenet.json").read_text() == first
+
+
+def test_classes_of_tiny_imagenet(load):
+    classes = load("_data").TINY_IMAGENET
+    assert len(set(classes)) == len(classes) == 200
+    assert set(classes) <= set(range(1000))

@@ -99,6 +99,40 @@ def test_all_settings_come_back(method, path):
     assert torch.equal(again.predict_proba(TEST), ella.predict_proba(TEST))
 
 
+@pytest.mark.parametrize("method", ["neural", "factor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_networks_in_half_precision(method, dtype, path):
+    ella = fitted(method)
+    ella.save(path, dtype)
+    stored, own = load_file(path), ella._state().tensors
+    for name, tensor in stored.items():
+        network = name.startswith(("fitted.network.", "fitted.residual.network."))
+        narrow = network and tensor.ndim == 2
+        assert tensor.dtype == (dtype if narrow else own[name].dtype), name
+        torch.testing.assert_close(tensor.to(own[name]), own[name], rtol=2**-8, atol=1e-6)
+    again = ELLA.load(path, ella.model, progress=False)
+    assert {t.dtype for t in again._state().tensors.values()} <= {torch.float32, torch.float64}
+    torch.testing.assert_close(
+        again.predict_proba(TEST), ella.predict_proba(TEST), rtol=0, atol=0.02
+    )
+    again.save(path, dtype)  # rounding twice is rounding once
+    assert torch.equal(ELLA.load(path, ella.model).predict_proba(TEST), again.predict_proba(TEST))
+
+
+def test_half_precision_that_cannot_be(path):
+    ella = fitted("neural")
+    for dtype in (torch.float32, torch.int8, "half"):
+        with pytest.raises(ValueError, match=r"`dtype` must be torch.bfloat16 or torch.float16"):
+            ella.save(path, dtype)
+    with pytest.raises(ValueError, match="there are none"):
+        fitted("nystrom").save(path, torch.bfloat16)
+    with torch.no_grad():
+        ella._fit.eigenfunctions.basis.network.linear.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"linear.weight' holds values that torch.float16 can"):
+        ella.save(path, torch.float16)
+    ella.save(path, torch.bfloat16)
+
+
 @pytest.mark.parametrize("link", ["mc", "probit", "bridge"])
 def test_tuning_and_link_come_back(link, path):
     ella = fitted().calibrate(LOADER, link=link, n_samples=17)

@@ -542,10 +542,12 @@ def test_regression_learns_a_linear_map(generator):
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_networks_side_by_side_give_what_each_gives(depth, generator):
     x = 3 + 2 * torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    settings = (((4, 3), 16, None), ((4,), 7, None), ((2, 1), 30, 5), ((5, 2), 8, 3))
     networks = [
-        ResidualMLP(6, shape, width=width, depth=depth, generator=generator).double().eval()
-        for shape, width in (((4, 3), 16), ((4,), 7), ((2, 1), 30))
+        ResidualMLP(6, shape, width=width, depth=depth, bottleneck=bottleneck, generator=generator)
+        for shape, width, bottleneck in settings
     ]
+    networks = [network.double().eval() for network in networks]
     for scale, network in enumerate(networks):
         network.standardize(x * (scale + 1))
         for parameter in network.parameters():
@@ -592,6 +594,45 @@ def test_network_standardizes_and_rebuilds():
     assert sum(p.numel() for p in linear.parameters()) == 3 * (2 + 1)
     middle = linear((x[:15] + x[15:]) / 2)
     torch.testing.assert_close(middle, (linear(x[:15]) + linear(x[15:])) / 2)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("bottleneck", [None, 5])
+@pytest.mark.parametrize("shape", [(7, 3), (7,)])
+def test_some_rows_are_those_of_all(depth, bottleneck, shape, generator):
+    options = {"width": 8, "depth": depth, "bottleneck": bottleneck, "dropout": 0.0}
+    network = ResidualMLP(4, shape, **options, generator=generator).double()
+    x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    rows = torch.randint(7, (20, 3), generator=generator)
+    rows[0] = 2  # the same thrice
+    seen = torch.full((20, 3, *shape[1:]), torch.nan, dtype=torch.float64)
+    gradients = []
+    for found in (network.at_rows(x, rows), network(x)):
+        network.zero_grad()
+        if found.shape[1] == 7:
+            every = found
+            found = torch.stack([every[i][rows[i]] for i in range(20)])
+        else:
+            seen = found
+        torch.testing.assert_close(seen, found)
+        found.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    torch.testing.assert_close(*gradients)
+    one = network.at_rows(x[:1], rows[:1])
+    torch.testing.assert_close(one, seen[:1])
+
+
+def test_a_bottleneck_comes_back_and_makes_many_outputs_cheap():
+    wide, narrow = ResidualMLP(3, (50, 8)), ResidualMLP(3, (50, 8), bottleneck=16)
+    assert sum(p.numel() for p in wide.parameters()) - 2 * 257 * 400 == 256 * 261
+    sizes = sum(p.numel() for p in narrow.parameters())
+    assert sizes == 256 * 261 + 2 * 257 * 16 + 17 * 400
+    twin = ResidualMLP.restore(narrow.settings(), narrow.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(twin.eval()(x), narrow.eval()(x))
+    # Files that were written before there were any.
+    settings = {name: value for name, value in wide.settings().items() if name != "bottleneck"}
+    assert ResidualMLP.restore(settings, wide.state_dict()).bottleneck is None
 
 
 def test_many_outputs_do_not_make_the_linear_map_most_of_the_network():

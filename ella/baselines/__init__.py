@@ -5,8 +5,16 @@ grid search never resets its metric and picks wrong precisions.
 """
 
 from ella.baselines.kronecker import KroneckerLaplace
+from ella.baselines.kronecker_layer import LastLayerKronecker
 from ella.baselines.last_layer import LastLayerLaplace
 from ella.baselines.nystrom import NystromLaplace
 from ella.baselines.scaling import MAP, TemperatureScaling
 
-__all__ = ["MAP", "KroneckerLaplace", "LastLayerLaplace", "NystromLaplace", "TemperatureScaling"]
+__all__ = [
+    "MAP",
+    "KroneckerLaplace",
+    "LastLayerKronecker",
+    "LastLayerLaplace",
+    "NystromLaplace",
+    "TemperatureScaling",
+]

@@ -12,7 +12,7 @@ from ella.eigenfunctions.residuals import DiagonalResidual, FactorResidual, Lear
 from ella.inputs import Inputs
 from ella.network import Network
 from ella.predictive import LogitGaussian
-from ella.saving import State
+from ella.saving import HALF, State
 from ella.spectral import Eigenbasis, ResidualMLP, SideBySide
 
 NetworkFactory = Callable[[int, tuple[int, int], torch.Generator], nn.Module]
@@ -164,12 +164,14 @@ class NeuralFeatures:
             if (eigenvalues < -1e-6 * eigenvalues.abs().max()).any():
                 raise ValueError("`eigenvalues` must not be below 0")
         eigennetwork = _network(state, made, factory, mixing)
-        residual = _residual(state) if state.settings["residual"] is not None else None
+        residual = None
+        if state.settings["residual"] is not None:
+            residual = _residual(state, mixing)
         return cls(taps, Eigenbasis(eigennetwork, mixing, eigenvalues), residual, made)
 
 
 def _network(state: State, made: Made, factory: NetworkFactory | None, like: Tensor) -> nn.Module:
-    tensors = _under(state, "network")
+    tensors = _widened(_under(state, "network"), like)
     network: nn.Module
     if state.settings["network"] is not None:
         network = ResidualMLP.restore(state.part("network").settings, tensors)
@@ -185,10 +187,10 @@ def _network(state: State, made: Made, factory: NetworkFactory | None, like: Ten
     return network.eval().requires_grad_(False)
 
 
-def _residual(state: State) -> LearnedResidual:
+def _residual(state: State, like: Tensor) -> LearnedResidual:
     settings = state.part("residual")
     kind, tensors = LEARNED[settings.text("kind")], _under(state, "residual")
-    under_network = _under(State(tensors), "network")
+    under_network = _widened(_under(State(tensors), "network"), like)
     residual = kind(ResidualMLP.restore(settings.part("network").settings, under_network))
     for name in ("location", "spread", "highest"):
         residual.register_buffer(name, State(tensors).tensor(name, ()))
@@ -199,3 +201,8 @@ def _under(state: State, name: str) -> Mapping[str, Tensor]:
     """Tensors of a part whose settings are none."""
     named = state.tensors.items()
     return {k.removeprefix(f"{name}."): t for k, t in named if k.startswith(f"{name}.")}
+
+
+def _widened(tensors: Mapping[str, Tensor], like: Tensor) -> Mapping[str, Tensor]:
+    """With what was stored in half precision in the dtype of a tensor."""
+    return {name: t.to(like) if t.dtype in HALF else t for name, t in tensors.items()}

@@ -26,11 +26,10 @@ from ella.eigenfunctions.residuals import (
     DiagonalResidual,
     FactorResidual,
     LearnedResidual,
-    at_rows,
-    chosen,
 )
+from ella.eigenfunctions.rows import evaluate, regression
 from ella.eigenfunctions.sample import KernelSample, sample_kernel
-from ella.inputs import Inputs, num_examples, slices, take
+from ella.inputs import Inputs, num_examples, take
 from ella.linearize import Linearized
 from ella.network import Network
 from ella.saving import State
@@ -54,6 +53,8 @@ SKETCHES = ("auto", "count", "kronecker")
 WIDEST = 2**20
 """Most hidden units: a layer of more asks for terabytes."""
 OBJECTIVE = having("an objective such as NestedLoRA()", "gradient", "loss")
+WIDE = 2**14
+"""Outputs c·k of the built-in network above which it gets a bottleneck."""
 LEARNING_STREAM = 2**32
 """Added to the seed, so that batches are not drawn like the Jacobian's rows."""
 
@@ -97,6 +98,8 @@ class NeuralEF:
             are estimates; "auto" takes that from 2²² weights on where the model allows it.
         width: Hidden units of the default network.
         depth: Its hidden layers; 0 leaves a linear map.
+        bottleneck: Its units before the outputs where those are more than 16,384 (c·k, as with
+            256 classes and k = 64), of which its last layer would be nearly all; None for none.
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
             as good or better wherever both were measured (experiments/README.md).
@@ -116,6 +119,7 @@ class NeuralEF:
     sketch: str = "auto"
     width: int = 256
     depth: int = 2
+    bottleneck: int | None = 128
     teacher: Training | None = field(default_factory=lambda: Training(weight_decay=0.3))
     training: Training | None = None
     residual: str = "diag"
@@ -126,6 +130,7 @@ class NeuralEF:
         trainings = dict.fromkeys(("teacher", "training"), optional(instance(Training)))
         functions = dict.fromkeys(("network", "augment"), optional(FUNCTION))
         settle(self, **counts, **sizes, **trainings, **functions)
+        settle(self, bottleneck=optional(whole(1, WIDEST)))
         settle(self, objective=OBJECTIVE, reads=one_of(*READS), sketch=one_of(*SKETCHES))
         check_residual(self.residual)
         if self.teacher is None and self.training is None:
@@ -204,7 +209,7 @@ class NeuralEF:
         generator = torch.Generator().manual_seed(seed + LEARNING_STREAM)
         network = self._network(made, inputs, sample.activations, generator)
         if self.teacher is not None:
-            known = at_rows(inputs, target, rows=rows, generator=generator)
+            known = regression(inputs, target, rows=rows, generator=generator)
             train(network, known, self.teacher, generator=generator, progress=progress)
         if self.training is not None:
             problem = Samples(FeatureKernel(), inputs, sample.kernel_features, generator=generator)
@@ -292,8 +297,14 @@ class NeuralEF:
     def _built_in(
         self, num_inputs: int, shape: tuple[int, int], generator: torch.Generator
     ) -> nn.Module:
+        c, k = shape
         return ResidualMLP(
-            num_inputs, shape, width=self.width, depth=self.depth, generator=generator
+            num_inputs,
+            shape,
+            width=self.width,
+            depth=self.depth,
+            bottleneck=self.bottleneck if c * k > WIDE else None,
+            generator=generator,
         )
 
     def _fit_residual(
@@ -369,15 +380,3 @@ def exact_blocks(sample: KernelSample) -> Tensor:
             f'{sample.num_outputs} outputs of a network of this size. Use residual="diag".'
         )
     return sample.blocks
-
-
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, inputs: Tensor, rows: Tensor | None = None, size: int = 1024
-) -> Tensor:
-    """Network values (n, c, k) at all inputs, or (n, q, k) at sampled outputs, in batches."""
-    network.eval().requires_grad_(False)
-    if rows is None:
-        return torch.cat([network(inputs[i]) for i in slices(len(inputs), size)])
-    size = min(size, 64)  # all outputs of a batch come first
-    return torch.cat([chosen(network(inputs[i]), rows[i]) for i in slices(len(inputs), size)])

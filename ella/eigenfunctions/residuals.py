@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ella.spectral import Regression, ResidualMLP, Training, least_squares, train
+from ella.eigenfunctions.rows import regression
+from ella.spectral import Regression, ResidualMLP, Training, train
 
 FLOOR = 1e-3
 """Smallest share of κ(x, x) that the residual variance is taken to be."""
@@ -98,7 +99,7 @@ class DiagonalResidual(LearnedResidual):
         module = cls(network).to(outside)
         module.standardize(activations, outside)
         targets = (outside.log() - module.location) / module.spread
-        loss = at_rows(activations, targets, rows=rows, generator=generator)
+        loss = regression(activations, targets, rows=rows, generator=generator)
         train(network, loss, training, generator=generator, progress=progress)
         return module.eval()
 
@@ -178,24 +179,6 @@ class FactorResidual(LearnedResidual):
         squared = (found - blocks).square().sum((1, 2)) / blocks.square().sum((1, 2))
         log_ratio = _trace(found).log() - _trace(blocks).log()
         return (squared + LOG_TRACE_WEIGHT * log_ratio.square()).mean()
-
-
-def chosen(values: Tensor, rows: Tensor) -> Tensor:
-    """Values (n, c, ...) of some outputs of each example, rows (n, q): (n, q, ...)."""
-    return values[torch.arange(len(rows), device=rows.device).unsqueeze(1), rows]
-
-
-def at_rows(
-    inputs: Tensor, targets: Tensor, *, rows: Tensor | None, generator: torch.Generator
-) -> Regression:
-    """Least squares at all outputs, or at those that were sampled of each input."""
-    if rows is None:
-        return Regression(inputs, targets, generator=generator)
-
-    def distance(values: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        return least_squares(chosen(values, rows), targets)
-
-    return Regression(inputs, targets, rows, generator=generator, criterion=distance)
 
 
 def _trace(blocks: Tensor) -> Tensor:

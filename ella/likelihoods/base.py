@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, tempered_draws
+from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, entropy, logit_variance
 
 Losses = Callable[[float, float], Tensor]
@@ -106,12 +106,26 @@ class Likelihood(ABC):
     def response(self, outputs: Tensor, dim: int) -> Tensor:
         """The mean of y, or the probabilities of its values, given outputs along one axis."""
 
+    def condensed(
+        self, gaussian: LogitGaussian, link: Link, y: Tensor | None = None, scale: float = 1.0
+    ) -> LogitGaussian:
+        """The Gaussian with as much as the link has to see, if that is less than all.
+
+        Args:
+            gaussian: Over the outputs.
+            link: The link that predicts.
+            y: Checked targets, where their density will be asked for.
+            scale: What the outputs were divided by.
+        """
+        return gaussian
+
     def predictive(self, gaussian: LogitGaussian, link: Link) -> Tensor:
         """The response averaged over the Gaussian, shape (n, c)."""
         parts = (gaussian.residual, gaussian.outside)
         if gaussian.factor.shape[-1] == 0 and all(part is None for part in parts):
-            return self.response(gaussian.mean, -1)  # nothing to average: links approximate
-        return link(gaussian, self.response)
+            # Nothing to average: links approximate.
+            return gaussian.spread(self.response(gaussian.mean, -1))
+        return gaussian.spread(link(gaussian, self.response))
 
     def decide(self, average: Tensor) -> Tensor:
         """What `predict` says, from the averaged response (n, c)."""
@@ -128,7 +142,7 @@ class Likelihood(ABC):
             link: The one that will predict.
         """
         draws = link if isinstance(link, MonteCarlo) else MonteCarlo()
-        drawn = tempered_draws(gaussian, draws.num_samples, draws.seed)
+        drawn = gaussian.drawn(draws.num_samples, draws.seed)
 
         def at(temperature: float, scale: float) -> Tensor:
             if temperature == 0 and gaussian.outside is None:
@@ -227,7 +241,11 @@ class Discrete(Likelihood):
     def _information(self, gaussian: LogitGaussian, link: Link) -> Tensor:
         draws = link if isinstance(link, MonteCarlo) else MonteCarlo()
         each = self.response(
-            gaussian.settled().compressed().draws(draws.num_samples, draws.seed), 1
+            self.condensed(gaussian, draws)
+            .settled()
+            .compressed()
+            .draws(draws.num_samples, draws.seed),
+            1,
         )
         total = self.entropy(each.mean(0).T)
         return (total - self.entropy(each, 1).mean(0)).clamp_min(0)

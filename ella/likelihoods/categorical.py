@@ -9,15 +9,29 @@ import torch
 from torch import Tensor
 
 from ella.arguments import SHARE, optional, settle, whole
-from ella.likelihoods.base import Discrete
+from ella.inputs import slices
+from ella.likelihoods.base import Discrete, Losses
+from ella.lumped import Lumped
 from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
 from ella.scores import Uncertainty, corrected_energy, energy, max_logit_p_norm
 from ella.targets import check_class_labels
+
+MANY_CLASSES = 128
+"""With more of them draws are made for the most probable and for groups of others."""
+KEPT_CLASSES = 64
+"""How many those are."""
+GROUPS = 8
+"""How many groups of others there are."""
+AT_ONCE = 512
+"""Examples whose losses are computed together."""
 
 
 @dataclass(frozen=True)
 class Categorical(Discrete):
     r"""Classes: p = softmax(f), Λ = diag(p) − ppᵀ.
+
+    With more than 128 classes an average over draws is made over the 64 of the largest logits and
+    over 8 groups of others (`Lumped`), unless the residual is of blocks. Other links see all.
 
     Attributes:
         class_weights: Weight of the examples of each class, as in the classifier's own training
@@ -106,11 +120,45 @@ class Categorical(Discrete):
         """softmax(f)."""
         return outputs.softmax(dim)
 
+    def condensed(
+        self, gaussian: LogitGaussian, link: Link, y: Tensor | None = None, scale: float = 1.0
+    ) -> LogitGaussian:
+        """With many classes and draws, the `Lumped` Gaussian; the labels are among its classes."""
+        blocks = gaussian.residual is not None and gaussian.residual.ndim == 3
+        few = gaussian.mean.shape[1] <= MANY_CLASSES
+        if few or blocks or not isinstance(link, MonteCarlo) or isinstance(gaussian, Lumped):
+            return gaussian
+        labels = None if y is None else y.clamp(0, gaussian.mean.shape[1] - 1)
+        return Lumped.of(gaussian, KEPT_CLASSES, GROUPS, y=labels, scale=scale)
+
+    def losses(self, gaussian: LogitGaussian, y: Tensor, link: Link) -> Losses:
+        """See `Likelihood.losses`."""
+        found = self.condensed(gaussian, link, y)
+        if not (isinstance(found, Lumped) and isinstance(link, MonteCarlo)):
+            return super().losses(gaussian, y, link)
+        place = found.position_of(y.clamp(0, found.classes.shape[1] + found.others.shape[1] - 1))
+        # No softmax of all: the probability of one class needs the sum alone.
+        parts = [
+            _densities(found.rows(part), place[part], link) for part in slices(len(y), AT_ONCE)
+        ]
+
+        def at(temperature: float, scale: float) -> Tensor:
+            return self.scored(-torch.cat([part(temperature, scale) for part in parts]), y)
+
+        return at
+
     def uncertainty(
         self, gaussian: LogitGaussian, epistemic: LogitGaussian, link: Link, scale: float
     ) -> Uncertainty:
-        """All scores."""
-        found = super().uncertainty(gaussian, epistemic, link, scale)
+        """All scores.
+
+        With many classes entropy and confidence are those of the probabilities, mutual
+        information is that of the logits of `Lumped`, whose groups are shared out in fixed
+        proportions, which adds nothing to it; the other scores are of all logits.
+        """
+        found = super().uncertainty(
+            self.condensed(gaussian, link, scale=scale), epistemic, link, scale
+        )
         return replace(
             found,
             energy=energy(gaussian),
@@ -121,3 +169,19 @@ class Categorical(Discrete):
     def _of(self, log_probs: Tensor, y: Tensor) -> Tensor:
         index = y.clamp(0, log_probs.shape[-1] - 1).expand(log_probs.shape[:-1])
         return log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _densities(gaussian: Lumped, place: Tensor, link: MonteCarlo) -> Losses:
+    """(T, τ) ↦ log of the averaged probability of the logit at a place (n,), float64."""
+    drawn = gaussian.drawn(link.num_samples, link.seed)
+
+    def at(temperature: float, scale: float) -> Tensor:
+        if temperature == 0 and gaussian.outside is None:
+            draws = gaussian.tempered(0.0, scale).mean.T.unsqueeze(0)
+        else:
+            draws = drawn(temperature, scale)
+        index = place.expand(len(draws), 1, -1)
+        each = draws.gather(1, index).squeeze(1) - draws.logsumexp(1)
+        return each.double().logsumexp(0) - math.log(len(each))
+
+    return at

@@ -20,7 +20,8 @@ class ResidualMLP(nn.Module):
 
     Inputs are standardised with statistics that `standardize` stores. The linear map and the
     perceptron share their first layer: with two, the one to the outputs would be most of the
-    network.
+    network. With a bottleneck they end in that many units, of which one more linear layer makes
+    the outputs: b + 1 numbers an output instead of 2·width + 2.
 
     Args:
         num_inputs: d.
@@ -28,6 +29,7 @@ class ResidualMLP(nn.Module):
         width: Hidden units per layer.
         depth: Hidden layers; 0 leaves a linear map alone.
         dropout: Dropout probability in the hidden layers while training.
+        bottleneck: b, units before the outputs; None leaves them out.
         generator: Source of the initial weights.
     """
 
@@ -42,24 +44,27 @@ class ResidualMLP(nn.Module):
         width: int = 256,
         depth: int = 2,
         dropout: float = 0.1,
+        bottleneck: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.bottleneck = tuple(shape), bottleneck
         self.num_inputs, self.width, self.depth, self.dropout = num_inputs, width, depth, dropout
         num_outputs = int(torch.Size(self.shape).numel())
+        narrow = num_outputs if bottleneck is None else bottleneck
         self.register_buffer("mean", torch.zeros(num_inputs))
         self.register_buffer("scale", torch.ones(num_inputs))
         self.first = _linear(num_inputs, width, generator) if depth else None
-        self.linear = _linear(width if depth else num_inputs, num_outputs, generator)
+        self.linear = _linear(width if depth else num_inputs, narrow, generator)
         layers: list[nn.Module] = []
         for i in range(depth):
             layers += [_linear(width, width, generator)] if i else []
             layers += [nn.GELU()]
             layers += [nn.Dropout(dropout)] if dropout else []
         if depth:
-            layers.append(_linear(width, num_outputs, generator))
+            layers.append(_linear(width, narrow, generator))
         self.mlp = nn.Sequential(*layers) if depth else None
+        self.head = None if bottleneck is None else _linear(narrow, num_outputs, generator)
 
     def standardize(self, features: Tensor) -> None:
         """Set the input mean and scale from examples (n, d); constant inputs keep scale 1."""
@@ -70,7 +75,7 @@ class ResidualMLP(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, for rebuilding the module before loading its weights."""
-        names = ("num_inputs", "shape", "width", "depth", "dropout")
+        names = ("num_inputs", "shape", "width", "depth", "dropout", "bottleneck")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -103,21 +108,42 @@ class ResidualMLP(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of shape (n, *shape)."""
+        parts = [F.linear(x, last.weight, last.bias) for x, last in self._read(features)]
+        return _sum(parts).view(-1, *self.shape)
+
+    def at_rows(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Values at some places of the first axis of the outputs, computed there alone.
+
+        Args:
+            features: Shape (n, d).
+            rows: Places of each example, shape (n, q).
+
+        Returns:
+            Shape (n, q, *shape[1:]).
+        """
+        parts = [_linear_at(x, last, rows, self.shape[0]) for x, last in self._read(features)]
+        return _sum(parts).view(*rows.shape, *self.shape[1:])
+
+    def _read(self, features: Tensor) -> list[tuple[Tensor, nn.Linear]]:
+        """The layers that give the outputs as their sum, each with what it reads."""
         x = (features - self.mean) / self.scale
         if self.first is not None:
             x = F.linear(x, self.first.weight, self.first.bias)
-        linear, mlp = self.linear, self.mlp
-        out = F.linear(x, linear.weight, linear.bias)
-        if mlp is not None:
-            out = out + mlp(x)
-        return out.view(-1, *self.shape)
+        read = [(x, self.linear)]
+        if self.mlp is not None:
+            for layer in self.mlp[:-1]:
+                x = layer(x)
+            read.append((x, _linear_layers(self)[-1]))
+        if self.head is None:
+            return read
+        return [(_sum([F.linear(x, last.weight, last.bias) for x, last in read]), self.head)]
 
 
 class SideBySide:
     """Trained `ResidualMLP`s on the same inputs, as batched products of stacked weights.
 
     For one example the calls of modules would cost more than their arithmetic. Narrow networks
-    are filled up with units that stay 0. Dropout is off; later changes are not seen.
+    are filled up with units that stay 0. Dropout is off; later changes may not be seen.
 
     Args:
         networks: Of one number of inputs and depth, which is at least 1.
@@ -138,6 +164,7 @@ class SideBySide:
             )
             for both in zip(linear, last, strict=True)
         ]
+        self.heads = [network.head for network in networks]
 
     @staticmethod
     def fitting(networks: Sequence[nn.Module]) -> "SideBySide | None":
@@ -154,10 +181,37 @@ class SideBySide:
         for weight, bias in others:
             hidden = torch.baddbmm(bias, F.gelu(hidden), weight)
         read = torch.cat([x, F.gelu(hidden)], dim=-1)
-        return [
-            F.linear(each, weight, bias).view(-1, *shape)
-            for each, (weight, bias), shape in zip(read, self.last, self.shapes, strict=True)
-        ]
+        found = []
+        for each, last, head, shape in zip(read, self.last, self.heads, self.shapes, strict=True):
+            out = F.linear(each, *last)
+            found.append((out if head is None else head(out)).view(-1, *shape))
+        return found
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Of one or two."""
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _linear_at(x: Tensor, layer: nn.Linear, rows: Tensor, count: int) -> Tensor:
+    """What a layer makes of x (n, h) at rows (n, q) of its outputs in `count` groups: (n, q, m).
+
+    Pairs of an example and a row are sorted by row, so that each row's weights are read once,
+    however many examples ask for it, and no weight is copied for each pair.
+    """
+    n, q = rows.shape
+    present, place, counts = rows.flatten().unique(return_inverse=True, return_counts=True)
+    order, most = place.argsort(stable=True), int(counts.max())
+    ahead = counts.cumsum(0) - counts
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(n * q, device=x.device) - ahead[place[order]]
+    slots += place * most
+    of_pair = x.repeat_interleave(q, dim=0)
+    sorted_x = x.new_zeros(len(present) * most, x.shape[1]).index_copy(0, slots, of_pair)
+    weight = layer.weight.view(count, -1, x.shape[1])[present]
+    bias = layer.bias.view(count, 1, -1)[present]
+    found = torch.baddbmm(bias, sorted_x.view(len(present), most, -1), weight.mT)
+    return found.flatten(0, 1)[slots].view(n, q, -1)
 
 
 def _linear_layers(network: ResidualMLP) -> list[nn.Linear]:
