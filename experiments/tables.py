@@ -1,4 +1,4 @@
-"""Put the tables of the result files into the READMEs: no number there is typed by hand.
+"""Put the tables of the result files into the pages: no number there is typed by hand.
 
     python experiments/tables.py           # rewrite the pages
     python experiments/tables.py --check   # fail if they are out of date
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from _front import front
 from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
@@ -53,12 +54,16 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "models-large": large_table,
 }
 """Tables that are not one row for each method."""
+STUDY = {**TABLES, "front": front}
+"""Those of the CIFAR-10 study."""
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (
-    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", EXPERIMENTS / "models.md"),
+    EXPERIMENTS.parent / "README.md",
+    *sorted(page for page in EXPERIMENTS.glob("*.md") if page.name != "README.md"),
     SPECTRAL / "README.md",
 )
+"""The main README, and one page for each study. The index of the studies has no tables."""
 BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -108,7 +113,7 @@ def table(name: str) -> str:
     if "/" in name:
         folder, key = name.split("/")
         study = Study(EXPERIMENTS / "results" / folder)
-        return f"{TABLES[key](study)}\n\n{study.line()}\n"
+        return f"{STUDY[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     machine = results["environment"]
     where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"

@@ -1,4 +1,4 @@
-"""`ella.__version__`, from the metadata of the distribution `ella-laplace`, and only when asked."""
+"""`ella.__version__`: from the metadata of the distribution `ella-laplace`, when asked for."""
 
 import importlib.metadata
 import subprocess

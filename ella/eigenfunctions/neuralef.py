@@ -80,7 +80,7 @@ class NeuralEF:
         depth: Its hidden layers; 0 leaves a linear map.
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
-            as good or better wherever both were measured (experiments/README.md).
+            as good or better wherever both were measured (experiments/eigenfunctions.md).
         residual: "diag", "factor" (a learned c×r factor, nearer to the full blocks) or "none".
 
     Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),
