@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import ella  # noqa: E402  (after the settings that torch reads when it is imported)
+import ella  # after the settings that torch reads when it is imported
 
 project = "ella"
 author = "The ella developers"
@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-#    "sphinx_gallery.gen_gallery",
+    "sphinx_gallery.gen_gallery",
     "docstrings",
     "evidence",
     "mathml",
@@ -51,6 +51,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "remove_config_comments": True,
     "matplotlib_animations": False,
+    "image_scrapers": ("figures.scraper",),
     "min_reported_time": 0,
 }
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")

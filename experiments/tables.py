@@ -60,10 +60,11 @@ EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (
     EXPERIMENTS.parent / "README.md",
+    EXPERIMENTS.parent / "docs" / "choosing.md",
     *sorted(page for page in EXPERIMENTS.glob("*.md") if page.name != "README.md"),
     SPECTRAL / "README.md",
 )
-"""The main README, and one page for each study. The index of the studies has no tables."""
+"""The main README, one of the documentation, one for each study; their index has no tables."""
 BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

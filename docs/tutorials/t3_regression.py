@@ -2,8 +2,9 @@
 Regression with error bars
 ==========================
 
-A regressor's outputs become Gaussians: the mean is the model's own, the variance says how well the
-data determine it there. The noise of the targets is a number of its own, which ``calibrate`` finds.
+A regressor's outputs become Gaussians: the mean is the model's own, the variance says how well
+the data determine it there. The noise of the targets is a number of its own, which ``calibrate``
+finds.
 """
 
 # %%
@@ -39,11 +40,13 @@ for _ in range(500):
 # %%
 # Fit and calibrate
 # -----------------
-# A network this small can afford exact Jacobian products: ``Nystrom``. With a rank as large as the
-# number of training rows it is the linearized Laplace approximation over all weights.
+# A network this small can afford exact Jacobian products: ``Nystrom``. The rank is nearly that of
+# the 80 training rows, which makes this the linearized Laplace approximation over all weights.
 
-train_loader, val_loader = (DataLoader(TensorDataset(*data), batch_size=20) for data in (train, val))
-exact = Nystrom(rank=60, residual="exact")
+train_loader, val_loader = (
+    DataLoader(TensorDataset(*data), batch_size=20) for data in (train, val)
+)
+exact = Nystrom(rank=30, residual="exact")
 ella = ELLA(model, likelihood="regression", eigenfunctions=exact, progress=False)
 ella.fit(train_loader).calibrate(val_loader)
 noise = ella.tuning.hyperparameters.noise_variance

@@ -61,8 +61,8 @@ scaled.calibrate(val_loader)
 # %%
 # Scores
 # ------
-# Area under the ROC curve: the probability that a strange input has a higher score than an ordinary
-# one. One half is chance.
+# Area under the ROC curve: the probability that a strange input has a higher score than an
+# ordinary one. One half is chance.
 
 chosen = ("entropy", "mutual_information", "energy", "corrected_energy", "distance")
 for title, method in (("temperature scaling", scaled), ("ELLA", ella)):

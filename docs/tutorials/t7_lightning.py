@@ -71,7 +71,9 @@ class Digits(lightning.LightningModule):
 lightning.seed_everything(0, verbose=False)
 x, y = load_digits(return_X_y=True)
 x, y = torch.tensor(x).float() / 16, torch.tensor(y)
-train, val, test = (TensorDataset(x[s], y[s]) for s in (slice(200), slice(200, 600), slice(600, None)))
+train, val, test = (
+    TensorDataset(x[s], y[s]) for s in (slice(200), slice(200, 600), slice(600, None))
+)
 train_loader = DataLoader(train, batch_size=50, shuffle=True)
 val_loader = DataLoader(val, batch_size=100)
 

@@ -17,6 +17,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -67,7 +68,7 @@ def collate(examples):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
-train, val, test = sentences(400), sentences(300), sentences(500)
+train, val, test = sentences(400), sentences(600), sentences(500)
 torch.manual_seed(0)
 config = BertConfig(
     vocab_size=100,
@@ -100,7 +101,9 @@ trainer = Trainer(
     eval_dataset=val,
     callbacks=[callback],
 )
-trainer.train()
+trainer.remove_callback(PrinterCallback)  # what it prints is of no use here
+result = trainer.train()
+print(f"training loss {result.training_loss:.3f}")
 
 # %%
 # Afterwards
