@@ -3,8 +3,6 @@
 Axes, everywhere: n examples, c outputs (classes), k eigenfunctions, p parameters.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from ella import metrics, report
 from ella.activations import FeatureTaps, Tap
 from ella.choosing import choose_taps
@@ -22,11 +20,6 @@ from ella.predictor import ModelChangedError, Predictor
 from ella.saving import State
 from ella.scores import Uncertainty, entropy
 from ella.spectral import NestedLoRA, NeuralEFObjective, Training
-
-try:
-    __version__ = version("ella")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "ELLA",
@@ -67,3 +60,15 @@ __all__ = [
     "metrics",
     "report",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: reading metadata takes milliseconds."""
+    if name != "__version__":
+        raise AttributeError(f"module 'ella' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ella-laplace")
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return "0+unknown"

@@ -130,9 +130,9 @@ class Search:
     them where it is best. With and without a posterior (T = 0: temperature scaling, of which the
     MAP is the centre of the hyperprior) are two models, chosen by their evidence.
 
-    Measured on published CIFAR-10 networks and the digits (experiments/README.md): best points
-    cost more than they bring below 100 examples, and wide hyperpriors let ten examples, one of
-    them classified wrong, raise the test score of a good network by a fifth.
+    Measured on published CIFAR-10 networks and the digits (experiments/small_validation.md): best
+    points cost more than they bring below 100 examples, and wide hyperpriors let ten examples, one
+    of them classified wrong, raise the test score of a good network by a fifth.
 
     Attributes:
         gaussian_at: δ ↦ Gaussian over the outputs of the validation inputs.

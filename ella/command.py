@@ -40,7 +40,7 @@ DEMO = """\
 Train a small convolutional net on MNIST-1D, which a procedure makes without a download, fit ELLA
 to it, and write a page that compares it with temperature scaling on 10,000 other signals, on
 signals made with other settings, and on inputs that are no signals at all. Needs
-pip install "ella[demo]"."""
+pip install "ella-laplace[demo]"."""
 
 REPORT = """\
 Fit the model as it is (MAP), temperature scaling and ELLA, and write a page that says whether ELLA

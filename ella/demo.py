@@ -1,7 +1,7 @@
 """The demonstration: MNIST-1D, which is made by a procedure, and a convolutional net for it.
 
-Needs the package `mnist1d` (`ella[demo]`) and no download: signals of forty numbers, made from ten
-templates by padding, scaling, shifting, shearing and noise, as many as one asks for.
+Needs the package `mnist1d` (`ella-laplace[demo]`) and no download: signals of forty numbers, made
+from ten templates by padding, scaling, shifting, shearing and noise, as many as one asks for.
 
 Reference: Scaling Down Deep Learning with MNIST-1D (Greydanus & Kobak, 2020),
 https://arxiv.org/abs/2011.14439
@@ -94,7 +94,9 @@ def _generator() -> ModuleType:
     try:
         return importlib.import_module("mnist1d")
     except ImportError as error:
-        raise ImportError('The demonstration needs mnist1d: pip install "ella[demo]".') from error
+        raise ImportError(
+            'The demonstration needs mnist1d: pip install "ella-laplace[demo]".'
+        ) from error
 
 
 class SignalNet(nn.Module):

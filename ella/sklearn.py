@@ -1,4 +1,4 @@
-"""ELLA as a scikit-learn classifier, for data that are arrays. Needs the extra `ella[sklearn]`.
+"""ELLA as a scikit-learn classifier, for data that are arrays. Needs the extra `sklearn`.
 
 It is imported by name, `from ella.sklearn import ELLAClassifier`, never by `import ella`.
 """
@@ -31,7 +31,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
-        'ella.sklearn needs scikit-learn 1.6 or newer: pip install "ella[sklearn]".'
+        'ella.sklearn needs scikit-learn 1.6 or newer: pip install "ella-laplace[sklearn]".'
     ) from error
 
 if TYPE_CHECKING:

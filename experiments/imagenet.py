@@ -1,6 +1,6 @@
 """A thousand classes: EfficientNet-Lite0 on TinyImageNet, enlarged to 128 pixels.
 
-    pip install 'ella[spectral]'
+    pip install 'ella-laplace[spectral]'
     python experiments/imagenet.py --root $ELLA_DATA --num-inputs 1000
 
 The published network (ImageNet, 1,000 classes) meets images that it was not trained for: the 5,000

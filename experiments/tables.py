@@ -1,4 +1,4 @@
-"""Put the tables of the result files into the READMEs: no number there is typed by hand.
+"""Put the tables of the result files into the pages: no number there is typed by hand.
 
     python experiments/tables.py           # rewrite the pages
     python experiments/tables.py --check   # fail if they are out of date
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _distance_tables import TABLES as DISTANCE_TABLES
+from _front import front
 from _regression import toy_table, uci_table
 from _report import (
     COLUMNS,
@@ -58,12 +59,17 @@ WIDE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "scaling": scaling_table,
 }
 """Tables that are not one row for each method."""
+STUDY = {**TABLES, "front": front}
+"""Those of the CIFAR-10 study."""
 EXPERIMENTS = Path(__file__).parent
 SPECTRAL = EXPERIMENTS / "spectral"
 PAGES = (
-    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", EXPERIMENTS / "models.md"),
+    EXPERIMENTS.parent / "README.md",
+    EXPERIMENTS.parent / "docs" / "choosing.md",
+    *sorted(page for page in EXPERIMENTS.glob("*.md") if page.name != "README.md"),
     SPECTRAL / "README.md",
 )
+"""The main README, one of the documentation, one for each study; their index has no tables."""
 BLOCK = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -115,7 +121,7 @@ def table(name: str) -> str:
         study = Study(EXPERIMENTS / "results" / folder)
         if folder in ("distance", "rivals"):
             return f"{DISTANCE_TABLES[key](study)}\n\n{study.machine()}\n"
-        return f"{TABLES[key](study)}\n\n{study.line()}\n"
+        return f"{STUDY[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")
     machine = results["environment"]
     where = machine["gpu"] or f"{machine['cpus']} CPU cores, {machine['threads']} thread(s)"

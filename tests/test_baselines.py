@@ -413,7 +413,7 @@ def test_last_layer_works_in_bfloat16():
 def test_missing_extra_is_named(monkeypatch, missing):
     model, loader = make_case(mlp, (4,))
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r'pip install "ella\[baselines\]"'):
+    with pytest.raises(ImportError, match=r'pip install "ella-laplace\[baselines\]"'):
         LastLayerLaplace(model).fit(loader)
     assert MAP(model).fit(loader).state_bytes == 0
 

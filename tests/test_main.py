@@ -269,7 +269,7 @@ def test_signals_depend_on_the_seed_alone():
 def test_without_the_package_the_extra_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "mnist1d", None)
     assert main(["demo", "--out", str(tmp_path / "page.html")]) == 1
-    assert 'pip install "ella[demo]"' in capsys.readouterr().err
+    assert 'pip install "ella-laplace[demo]"' in capsys.readouterr().err
 
 
 # --- all ----------------------------------------------------------------------------------------

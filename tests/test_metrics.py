@@ -196,6 +196,13 @@ def test_aupr():
         ([PROBS, PROBS], LABELS, TypeError, r"join batches with torch\.cat"),
         (PROBS, LABELS.tolist(), TypeError, "`labels` must be a tensor or a NumPy array"),
         (PROBS.numpy(), LABELS.float().numpy(), TypeError, "integers"),
+        (PROBS, np.array(["a", "b", "a", "c"]), TypeError, r"`labels` must hold numbers.*searchs"),
+        (
+            PROBS.numpy().astype(object),
+            LABELS,
+            TypeError,
+            "`probs` must hold numbers; got dtype o",
+        ),
     ],
 )
 @pytest.mark.parametrize("metric", [metrics.accuracy, metrics.expected_calibration_error])
@@ -230,6 +237,38 @@ def test_numpy_arrays_are_as_good_as_tensors(kind):
         assert metric(pair[0].clone().requires_grad_(), read_only(second)) == expected
         backwards = metric(first[::-1], second[::-1])
         assert backwards == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "uint64", ">i4", "<i8"])
+def test_labels_of_every_integer_dtype(dtype):
+    labels = LABELS.numpy().astype(dtype)
+    for name in FROM_LABELS:
+        metric = getattr(metrics, name)
+        assert metric(PROBS.numpy().astype(">f4"), labels) == metric(PROBS, LABELS)
+
+
+def test_frames_are_as_good_as_arrays():
+    """What scikit-learn calls `y_true` is often a Series, and it need not start at index 0."""
+    pandas = pytest.importorskip("pandas")
+    probs, labels = random_case(60, 3)
+    frame = pandas.DataFrame(probs.numpy(), index=range(100, 160), columns=list("abc"))
+    series = pandas.Series(labels.numpy(), index=frame.index)
+    for name in FROM_LABELS:
+        metric = getattr(metrics, name)
+        assert metric(frame, series) == metric(probs, labels)
+    assert metrics.auroc(frame["a"], frame["b"]) == metrics.auroc(probs[:, 0], probs[:, 1])
+
+
+def test_the_same_numbers_as_scikit_learn():
+    """For `(y_true, probabilities)` as scikit-learn takes them; here predictions come first."""
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    probs, y_true = (part.numpy() for part in random_case(200, 4))
+    pairs = {
+        metrics.negative_log_likelihood: sklearn_metrics.log_loss(y_true, probs),
+        metrics.accuracy: sklearn_metrics.accuracy_score(y_true, probs.argmax(1)),
+    }
+    for ours, theirs in pairs.items():
+        assert ours(probs, y_true) == pytest.approx(theirs, rel=1e-12)
 
 
 def test_numpy_arrays_can_be_drawn_and_ranked():
@@ -308,7 +347,7 @@ def test_only_what_needs_the_extra_asks_for_it():
         timeout=120,
     )
     assert dict(line.split(" ", 1) for line in done.stdout.splitlines()) == {
-        name: f'This metric needs {package}: pip install "ella[metrics]".'
+        name: f'This metric needs {package}: pip install "ella-laplace[metrics]".'
         for name, package in needs.items()
     }
 

@@ -447,4 +447,4 @@ def test_without_scikit_learn_the_extra_is_named():
         timeout=120,
     )
     assert done.returncode != 0
-    assert 'pip install "ella[sklearn]"' in done.stderr.splitlines()[-1]
+    assert 'pip install "ella-laplace[sklearn]"' in done.stderr.splitlines()[-1]

@@ -150,7 +150,7 @@ def require_baselines() -> None:
     except ImportError as error:
         raise ImportError(
             f"The Laplace baselines need laplace-torch and its backends ({error}): "
-            f'pip install "ella[baselines]".'
+            f'pip install "ella-laplace[baselines]".'
         ) from error
 
 

@@ -102,7 +102,7 @@ class NeuralEF:
             256 classes and k = 64), of which its last layer would be nearly all; None for none.
         teacher: Training on the teacher; None skips it.
         training: Training on the objective; None, the default, skips it, as the teacher alone was
-            as good or better wherever both were measured (experiments/README.md).
+            as good or better wherever both were measured (experiments/eigenfunctions.md).
         residual: "diag", "factor" (a learned c×r factor, nearer to the full blocks) or "none".
 
     Reference: NeuralEF: Deconstructing Kernels by Deep Neural Networks (Deng et al., 2022),

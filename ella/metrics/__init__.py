@@ -1,8 +1,10 @@
 """How good predictions are: numbers from probabilities, uncertainty scores or Gaussians.
 
 Calibration errors come from netcal, rank statistics from scikit-learn and the diagram from
-matplotlib: those need `ella[metrics]`, the others nothing. Every argument may be a tensor, on any
-device and with or without a graph, or a NumPy array; the numbers are computed in float64.
+matplotlib: those need the extra `metrics`, the others nothing. Every argument may be a tensor, on
+any device and with or without a graph, a NumPy array, or what turns into one (a pandas Series or
+DataFrame). Predictions come first and labels second, which is not scikit-learn's order. The
+numbers are computed in float64.
 """
 
 from ella.metrics._checked import ROW_SUM_TOLERANCE

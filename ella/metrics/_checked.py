@@ -1,5 +1,7 @@
 """What metrics may be given, as float64 and int64 tensors on the CPU."""
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,8 +9,18 @@ from torch import Tensor
 
 from ella.targets import check_class_labels
 
-Array = Tensor | NDArray[np.generic]
+
+class SupportsArray(Protocol):
+    """What NumPy turns into an array, such as a pandas Series or DataFrame."""
+
+    def __array__(self) -> NDArray[np.generic]:
+        """Itself as an array."""
+
+
+Array = Tensor | NDArray[np.generic] | SupportsArray
 """Whatever may come out of a model or a scikit-learn pipeline."""
+NUMBERS = "biuf"
+"""Kinds of NumPy's dtypes that are numbers, or yes and no."""
 ROW_SUM_TOLERANCE = 1e-2
 """How far a row of `probs` may be from 1, or a probability above it: half-precision softmax is off
 by a few 1e-3."""
@@ -18,14 +30,22 @@ def as_tensor(name: str, values: Array) -> Tensor:
     """Values as they are, without a graph and on the CPU.
 
     Raises:
-        TypeError: If they are neither a tensor nor an array. A list is refused, as it may well be
-            one of batches.
+        TypeError: If they are neither a tensor nor an array of numbers. A list is refused, as it
+            may well be one of batches.
     """
     if isinstance(values, Tensor):
         return values.detach().cpu()
-    if isinstance(values, np.ndarray):
+    if hasattr(values, "__array__"):
         # A copy: torch shares no memory with arrays that are read-only or run backwards.
-        return torch.as_tensor(np.array(values, order="C"))
+        array = np.array(values, order="C")
+        if array.dtype.kind not in NUMBERS:
+            raise TypeError(
+                f"`{name}` must hold numbers; got dtype {array.dtype}. Class names become indices "
+                f"by numpy.searchsorted(classes, names), in the order of the columns of `probs`."
+            )
+        # Torch knows no foreign byte order, and hardly any of the unsigned integers.
+        native = np.int64 if array.dtype.kind in "iu" else array.dtype.newbyteorder("=")
+        return torch.as_tensor(array.astype(native))
     raise TypeError(
         f"`{name}` must be a tensor or a NumPy array; got {type(values).__name__}. Convert "
         f"numbers with torch.as_tensor, join batches with torch.cat."
@@ -146,5 +166,5 @@ def columns(name: str, values: Array) -> Tensor:
 
 def smallest(probs: Array) -> float:
     """The smallest normal number of the dtype that probabilities, checked already, came in."""
-    dtype = as_tensor("probs", probs[:0]).dtype
+    dtype = probs.dtype if isinstance(probs, Tensor) else as_tensor("probs", probs).dtype
     return torch.finfo(dtype).tiny if dtype.is_floating_point else 0.0

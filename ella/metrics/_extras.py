@@ -17,5 +17,5 @@ def imported(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'This metric needs {name.split(".")[0]}: pip install "ella[metrics]".'
+            f'This metric needs {name.split(".")[0]}: pip install "ella-laplace[metrics]".'
         ) from error

@@ -1,4 +1,4 @@
-"""How far confidence is from accuracy, by netcal (`ella[metrics]`)."""
+"""How far confidence is from accuracy, by netcal (extra `metrics`)."""
 
 from torch import Tensor
 

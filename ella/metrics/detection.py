@@ -1,4 +1,4 @@
-"""How well a score tells out-of-distribution examples, by scikit-learn (`ella[metrics]`)."""
+"""How well a score tells out-of-distribution examples, by scikit-learn (extra `metrics`)."""
 
 import numpy as np
 import torch

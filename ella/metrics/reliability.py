@@ -1,4 +1,4 @@
-"""The reliability diagram, drawn by matplotlib (`ella[metrics]`)."""
+"""The reliability diagram, drawn by matplotlib (extra `metrics`)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """Whether a method is worth it, on a user's own data: numbers with intervals, pictures, a verdict.
 
-The page needs `ella[metrics]`, the numbers nothing.
+The page needs `ella-laplace[metrics]`, the numbers nothing.
 """
 
 from ella.report.bootstrap import Bootstrap, Interval, Sampled, Statistic

@@ -1,4 +1,4 @@
-"""The pictures of a report, by matplotlib (`ella[metrics]`), as text that goes into a page."""
+"""The pictures of a report, by matplotlib (`ella-laplace[metrics]`), as text for a page."""
 
 import base64
 import io
@@ -83,7 +83,7 @@ def uncertainty_histograms(
         A figure that belongs to no window and no global state; save it with `figure.savefig`.
 
     Raises:
-        ImportError: Without `ella[metrics]`.
+        ImportError: Without `ella-laplace[metrics]`.
         ValueError: If there are no scores.
     """
     sets = [each for by_name in scores.values() for each in by_name.values()]

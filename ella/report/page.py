@@ -23,7 +23,7 @@ def page(report: Report, title: str) -> str:
         title: Its heading.
 
     Raises:
-        ImportError: Without `ella[metrics]`.
+        ImportError: Without `ella-laplace[metrics]`.
     """
     jinja: ModuleType = imported("jinja2")
     text = resources.files("ella.report").joinpath("page.html").read_text(encoding="utf-8")

