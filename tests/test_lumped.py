@@ -310,3 +310,30 @@ def test_calibration_keeps_few_rows_of_many(fitted, monkeypatch):
     assert all(prior.factor.shape[1] == 64 + 8 for prior in kept[0])
     assert ella.tuning.map_nll == pytest.approx(F.cross_entropy(ella.model(x), y).item(), rel=1e-5)
     ella.hyperparameters = before
+
+
+def test_a_wide_network_has_a_bottleneck_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 300))
+    x = torch.randn(48, 5)
+    short = Training(steps=10, batch_size=16)
+    method = NeuralEF(rank=60, num_inputs=48, num_directions=80, width=16, teacher=short)
+    ella = ELLA(model, eigenfunctions=method, progress=False).fit([(x, torch.arange(48))])
+    assert ella._fit.eigenfunctions.basis.network.bottleneck == 128
+    path = tmp_path / "ella.safetensors"
+    ella.save(path)
+    again = ELLA.load(path, model, progress=False)
+    assert torch.equal(again.predict_proba(x), ella.predict_proba(x))
+    found = ella.predictive_module(2000)(x).probabilities  # draws of all logits
+    torch.testing.assert_close(found, ella.predict_proba(x, n_samples=2000), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "expected"),
+    [((300, 60), 128, 128), ((300, 60), None, None), ((250, 64), 128, None), ((10, 64), 9, None)],
+)
+def test_only_wide_networks_have_a_bottleneck(shape, given, expected):
+    made = NeuralEF(bottleneck=given)._built_in(5, shape, torch.Generator())
+    assert made.bottleneck == expected
+    with pytest.raises(ValueError, match="`bottleneck` must be at least 1"):
+        NeuralEF(bottleneck=0)
