@@ -15,6 +15,7 @@ from ella import (
     Hyperparameters,
     LastLayer,
     LogitGaussian,
+    ModelChangedError,
     MonteCarlo,
     NeuralEF,
     Normal,
@@ -25,9 +26,9 @@ from ella import (
 from ella.calibrate import LOG_ODDS, NEGLIGIBLE, SHIFTED_WEIGHT, Point, Search, precision_grid
 from ella.hyperprior import REACH, Hyperprior, compass, log_sum, means
 from ella.likelihoods import Spreads
-from ella.posterior import TrainingSums
+from ella.posterior import GaussianPosterior, LaplaceEvaluation, TrainingSums
 
-pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate:")
 
 X, Y, TEST = make_inputs("mlp", 24), make_labels(24), make_inputs("mlp", 6, 9)
 VAL = loader_of(make_inputs("mlp", 15, 5), make_labels(15, 6))
@@ -351,6 +352,19 @@ def test_a_buffer_that_changed_refuses_the_file(tmp_path):
 # Sums
 
 
+def test_the_distance_term_is_the_fourth_power_beside_the_posterior():
+    """N(f, φ(G + δI)⁻¹φᵀ + R/δ + s·D⁴), s untouched by T and δ."""
+    g = torch.Generator().manual_seed(0)
+    mean, phi = (torch.randn(3, 2, *s, generator=g).double() for s in ((), (4,)))
+    posterior = GaussianPosterior.from_curvature(torch.eye(4, dtype=torch.float64))
+    distance = torch.tensor([0.5, 1.0, 2.0]).double()
+    evaluation = LaplaceEvaluation(LogitGaussian(mean, phi, mean.square()), posterior, distance)
+    chosen = Hyperparameters(3.0, 0.5, distance_scale=0.1)
+    found = chosen.gaussian(evaluation.gaussian, Categorical()).variance()
+    expected = 0.5 * (phi.square().sum(-1) / 4 + mean.square() / 3)
+    torch.testing.assert_close(found, expected + 0.1 * distance.unsqueeze(1) ** 4)
+
+
 def test_sums_of_data_add_up_and_come_out_again():
     g = torch.Generator().manual_seed(0)
     prior = LogitGaussian(*(torch.randn(9, 3, *s, generator=g).double() for s in ((), (4,))))
@@ -373,3 +387,56 @@ def test_sums_of_data_add_up_and_come_out_again():
     mean = prior.factor.square().sum(-1).mean(1).sum().item()
     assert whole.prior_variance == pytest.approx(mean)
     assert whole.unit_precision() == pytest.approx(mean / 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda g: g.triu(), "symmetric"), (lambda g: -g, "no eigenvalue below 0")],
+)
+def test_a_curvature_that_is_none_is_refused(change, message):
+    sums = fitted().partial_fit(loader_of(X, Y))._fitted().sums
+    state = replace(sums, curvature=change(sums.curvature)).state()
+    with pytest.raises(ValueError, match=message):
+        TrainingSums.restore(state)
+    assert TrainingSums.restore(sums.state()).num_examples == 48
+
+
+def test_data_come_in_fade_and_leave():
+    ella = fitted(prior_precision=2.0, temperature=3.0, logit_temperature=1.5)
+    assert ella.hyperparameters == Hyperparameters(2.0, 3.0, 1.5)
+    once, count = ella.curvature, ella._fitted().sums.num_examples
+    ella.partial_fit(loader_of(X, Y))
+    torch.testing.assert_close(ella.curvature, 2 * once)
+    ella.forget(loader_of(X, Y))
+    torch.testing.assert_close(ella.curvature, once)
+    assert ella._fitted().sums.num_examples == count
+    torch.testing.assert_close(ella.decay(0.25).curvature, once / 4)
+    free = fitted()
+    prior = free.features(X).variance().mean().item()
+    assert free.hyperparameters.prior_precision == pytest.approx(prior)
+
+
+def test_evidence_is_laplaces_formula():
+    """log p(D | θ) − ½(δ‖θ‖² + log det(G/sδ + I)), for classes and for numbers."""
+    for ella, y in ((fitted(), Y), (regression(noise_variance=0.5), TARGETS)):
+        outputs, scale = ella.network(X), ella.hyperparameters.scale(ella.likelihood)
+        own = ella.likelihood.statistics(outputs, y)
+        g, eye = ella._fitted().sums.curvature, torch.eye(4, dtype=torch.float64)
+        dispersion = ella.likelihood.dispersion(scale)
+        norm = sum(p.square().sum().item() for p in ella.model.parameters())
+        occam = torch.logdet(g / (dispersion * 2.0) + eye).item()
+        density = ella.likelihood.log_likelihood(own, scale)
+        expected = density - 0.5 * (2.0 * norm + occam)
+        assert ella.log_marginal_likelihood(2.0) == pytest.approx(expected)
+
+
+def test_what_no_longer_fits_is_said():
+    ella = fitted().calibrate(VAL)
+    with torch.no_grad():
+        ella.model[0].weight[0, 0] += 1e-3
+    with pytest.raises(ModelChangedError):
+        ella.predict_proba(TEST)
+    ella.fit(loader_of(X, Y))
+    assert (ella.tuning, ella.link) == (None, None)
+    with pytest.warns(UserWarning, match="calibrate was given training data"):
+        ella.calibrate(loader_of(X, Y))
