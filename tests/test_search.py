@@ -179,19 +179,6 @@ def test_every_end_is_asked():
         assert ("prior_precision" in asked(found, grid, chosen)) == expected
 
 
-def test_edges_are_reported_and_warned_of():
-    """Labels that follow from the logits: the sharper, the better."""
-    logits, _ = data(60, 2.0)
-    tuning = search(Categorical(), logits.argmax(1), logits).run(precision_grid(1.0))
-    assert "logit_temperature" in tuning.edges
-    assert "60 validation examples" in tuning.warning
-    assert f"({tuning.hyperparameters.logit_temperature:.3g})" in tuning.warning
-    ella = fitted()
-    answer = [(TEST, ella.logits(TEST)[0].argmax(1))]
-    with pytest.warns(UserWarning, match=r"calibrate: 6 validation examples"):
-        ella.calibrate(answer)
-
-
 # Points, in the user's terms
 
 
@@ -290,40 +277,6 @@ def test_losses_without_a_posterior_are_those_of_the_mean(likelihood):
     expected = -likelihood.log_density(logits / 2.0, y)
     for link in (MonteCarlo(8), Probit()):
         torch.testing.assert_close(likelihood.losses(gaussian, y, link)(0.0, 2.0), expected)
-
-
-# Seeds
-
-
-def test_the_seed_reaches_all_that_is_random():
-    """Not the draws of a prediction alone: rows, networks, samples, scores, files."""
-    for method in (Nystrom(4, 20), NEURAL):
-        one, same, other = (fitted(eigenfunctions=method, seed=s) for s in (1, 1, 2))
-        assert torch.equal(one.features(TEST).factor, same.features(TEST).factor)
-        assert torch.equal(one.curvature, same.curvature)
-        assert not torch.allclose(one.features(TEST).factor, other.features(TEST).factor)
-        assert not torch.allclose(one.curvature, other.curvature)
-    first = fitted(eigenfunctions=LastLayer(), seed=1)  # nothing random is learned
-    second = fitted(eigenfunctions=LastLayer(), seed=2)
-    assert torch.equal(first.curvature, second.curvature)
-    draws = [ella.sample_logits(TEST, 4) for ella in (first, second)]
-    scores = [ella.uncertainty(TEST).mutual_information for ella in (first, second)]
-    rows = torch.arange(6)
-    seen = [ella.evaluated([TEST]).predict_proba(rows) for ella in (first, second)]
-    for one, other in (draws, scores, seen):
-        assert not torch.allclose(one, other)
-    assert torch.equal(seen[0], first.predict_proba(TEST))
-    assert torch.equal(first.sample_logits(TEST, 4), draws[0])
-
-
-def test_calibrate_keeps_its_seed_and_so_do_files(tmp_path):
-    ella = fitted(seed=5).calibrate(VAL, n_samples=16)
-    assert ella.link == MonteCarlo(16, 5)
-    ella.save(tmp_path / "file")
-    again = ELLA.load(tmp_path / "file", ella.model, progress=False)
-    assert again.seed == 5
-    assert again.link == ella.link
-    assert torch.equal(again.sample_logits(TEST, 3), ella.sample_logits(TEST, 3))
 
 
 # What a file must restore
@@ -440,3 +393,50 @@ def test_what_no_longer_fits_is_said():
     assert (ella.tuning, ella.link) == (None, None)
     with pytest.warns(UserWarning, match="calibrate was given training data"):
         ella.calibrate(loader_of(X, Y))
+
+
+# Seeds
+
+
+def test_the_seed_reaches_all_that_is_random():
+    """Not the draws of a prediction alone: rows, networks, samples, scores, files."""
+    for method in (Nystrom(4, 20), NEURAL):
+        one, same, other = (fitted(eigenfunctions=method, seed=s) for s in (1, 1, 2))
+        assert torch.equal(one.features(TEST).factor, same.features(TEST).factor)
+        assert torch.equal(one.curvature, same.curvature)
+        assert not torch.allclose(one.features(TEST).factor, other.features(TEST).factor)
+        assert not torch.allclose(one.curvature, other.curvature)
+    first = fitted(eigenfunctions=LastLayer(), seed=1)  # nothing random is learned
+    second = fitted(eigenfunctions=LastLayer(), seed=2)
+    assert torch.equal(first.curvature, second.curvature)
+    draws = [ella.sample_logits(TEST, 4) for ella in (first, second)]
+    scores = [ella.uncertainty(TEST).mutual_information for ella in (first, second)]
+    rows = torch.arange(6)
+    seen = [ella.evaluated([TEST]).predict_proba(rows) for ella in (first, second)]
+    for one, other in (draws, scores, seen):
+        assert not torch.allclose(one, other)
+    assert torch.equal(seen[0], first.predict_proba(TEST))
+    assert torch.equal(first.sample_logits(TEST, 4), draws[0])
+
+
+def test_calibrate_keeps_its_seed_and_so_do_files(tmp_path):
+    ella = fitted(seed=5).calibrate(VAL, n_samples=16)
+    assert ella.link == MonteCarlo(16, 5)
+    ella.save(tmp_path / "file")
+    again = ELLA.load(tmp_path / "file", ella.model, progress=False)
+    assert again.seed == 5
+    assert again.link == ella.link
+    assert torch.equal(again.sample_logits(TEST, 3), ella.sample_logits(TEST, 3))
+
+
+def test_edges_are_reported_and_warned_of():
+    """Labels that follow from the logits: the sharper, the better."""
+    logits, _ = data(60, 2.0)
+    tuning = search(Categorical(), logits.argmax(1), logits).run(precision_grid(1.0))
+    assert "logit_temperature" in tuning.edges
+    assert "60 validation examples" in tuning.warning
+    assert f"({tuning.hyperparameters.logit_temperature:.3g})" in tuning.warning
+    ella = fitted()
+    answer = [(TEST, ella.logits(TEST)[0].argmax(1))]
+    with pytest.warns(UserWarning, match=r"calibrate: 6 validation examples"):
+        ella.calibrate(answer)
