@@ -46,9 +46,10 @@ class PredictiveModule(nn.Module):
     `torch.onnx` could not follow. x is a tensor, or a tuple or dictionary of tensors.
 
     The results are those of `predict_proba` and `uncertainty` with as many draws, but for
-    rounding. With more than 16 outputs and as many eigenfunctions, or a residual of blocks and
-    fewer eigenfunctions than outputs, draws are others, so that they agree up to the error of the
-    average. Not to be called by several threads at once: export it, or give each a copy.
+    rounding. With more than 16 outputs and as many eigenfunctions, with more than 128 classes, of
+    all of which it draws the logits, or with a residual of blocks and fewer eigenfunctions than
+    outputs, draws are others, so that they agree up to the error of the average. Not to be called
+    by several threads at once: export it, or give each a copy.
 
     Args:
         fit: A fit with `NeuralEF`.

@@ -1,7 +1,8 @@
 """`Lumped`: a Gaussian over many logits, at the most probable classes and groups of all others."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch.nn import functional as F
 from ella.lognormal import log_sum_moments
 from ella.predictive import LogitGaussian, standard_normals_like
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(frozen=True, kw_only=True)
+
 class Lumped(LogitGaussian):
     r"""The Gaussian at m classes, and at :math:`\log \sum_j e^{f_j}` of g groups of the others.
 
@@ -24,12 +27,10 @@ class Lumped(LogitGaussian):
     - what is independent from class to class is a Gaussian with the mean and the variance of
       :math:`\log \sum_j e^{f_j + ε_j}` (`log_sum_moments`). With one class that is exact.
 
-    Both are made again wherever T, τ, δ or v change.
+    Both are made where they are asked for, as they depend on T, τ, δ and v.
 
-    Attributes:
-        mean: Shape (n, m + g); of groups, as above.
+    Args:
         factor: Shape (n, m + g, k).
-        residual: Shape (n, m + g), or None.
         outside: Shape (n,), or None.
         classes: The m classes, shape (n, m).
         others: The others in groups, shape (n, c − m).
@@ -37,10 +38,54 @@ class Lumped(LogitGaussian):
         noise: D in this order, or None for 0.
     """
 
+    def __init__(
+        self,
+        factor: Tensor,
+        outside: Tensor | None,
+        *,
+        classes: Tensor,
+        others: Tensor,
+        logits: Tensor,
+        noise: Tensor | None,
+    ) -> None:
+        named = {"factor": factor, "outside": outside, "classes": classes, "others": others}
+        for name, value in {**named, "logits": logits, "noise": noise}.items():
+            object.__setattr__(self, name, value)
+
     classes: Tensor
     others: Tensor
     logits: Tensor
-    noise: Tensor | None = None
+    noise: Tensor | None
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, but for the factor, shape (n, m + g) both; v is in."""
+        noise = self.noise
+        if self.outside is not None:
+            noise = _plus(noise, self.outside.unsqueeze(1).expand_as(self.logits))
+        m = self.classes.shape[1]
+        return _moments(self.logits, noise, m, self.factor.shape[1] - m)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Shape (n, m + g); of groups, as above."""
+        return self._moments[0]
+
+    @cached_property
+    def residual(self) -> Tensor | None:
+        """Shape (n, m + g), or None; less v, which comes on top of it."""
+        if self.outside is None:
+            return None if self.noise is None else self._moments[1]
+        return self._moments[1] - self.outside.unsqueeze(1)
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        """What it was made of."""
+        named = {"factor": self.factor, "outside": self.outside, "classes": self.classes}
+        return {**named, "others": self.others, "logits": self.logits, "noise": self.noise}
+
+    def _with(self, **changed: Tensor | None) -> "Self":
+        """The same with other parts."""
+        return type(self)(**{**self._parts(), **changed})  # type: ignore[arg-type]
 
     @classmethod
     def of(
@@ -61,83 +106,68 @@ class Lumped(LogitGaussian):
             y: Classes that have to be among the m, shape (n,).
             scale: τ by which the logits were divided.
         """
-        n, c, k = gaussian.factor.shape
+        n, c = gaussian.mean.shape
         key = gaussian.mean if y is None else gaussian.mean.scatter(1, y.unsqueeze(1), torch.inf)
         order = key.argsort(dim=1, descending=True, stable=True)
+        classes, others = order[:, :count], order[:, count:]
         size = -(-(c - count) // min(groups, c - count))
         groups, missing = -(-(c - count) // size), -(c - count) % size
         logits = F.pad(gaussian.mean.gather(1, order), (0, missing), value=-torch.inf)
         noise = gaussian.residual
         noise = None if noise is None else F.pad(noise.gather(1, order), (0, missing))
-        rows = gaussian.factor.gather(1, order.unsqueeze(-1).expand(-1, -1, k))
-        rest = F.pad(rows[:, count:], (0, 0, 0, missing)).view(n, groups, size, k)
         weight = (logits[:, count:] * scale).view(n, groups, size).softmax(-1)
-        factor = torch.cat([rows[:, :count], (weight.unsqueeze(2) @ rest).squeeze(2)], dim=1)
-        classes, others = order[:, :count], order[:, count:]
-        return cls._made(factor, gaussian.outside, classes, others, logits, noise)
-
-    @classmethod
-    def _made(
-        cls,
-        factor: Tensor,
-        outside: Tensor | None,
-        classes: Tensor,
-        others: Tensor,
-        logits: Tensor,
-        noise: Tensor | None,
-    ) -> "Lumped":
-        m = classes.shape[1]
-        own = noise if outside is None else _plus(noise, outside.unsqueeze(1).expand_as(logits))
-        mean, variance = _moments(logits, own, m, factor.shape[1] - m)
-        # `outside` comes on top of the residual, but is in the moments of a group.
-        residual = variance if outside is None else variance - outside.unsqueeze(1)
-        known = None if own is None else residual
-        return cls(
-            *(mean, factor, known, outside),
-            classes=classes,
-            others=others,
-            logits=logits,
-            noise=noise,
+        # Dense weights of each group: cheaper than the rows of all classes in another order.
+        place = others + torch.arange(c - count, device=others.device) // size * c
+        dense = weight.new_zeros(n, groups * c).scatter_(
+            1, place, weight.flatten(1)[:, : c - count]
         )
+        first = gaussian.factor[torch.arange(n, device=others.device).unsqueeze(1), classes]
+        factor = torch.cat([first, dense.view(n, groups, c) @ gaussian.factor], dim=1)
+        order_of = {"classes": classes, "others": others}
+        return cls(factor, gaussian.outside, **order_of, logits=logits, noise=noise)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Self":
+        named = self._parts().items()
+        return self._with(**{name: None if t is None else function(t) for name, t in named})
 
     @classmethod
-    def joined(cls, parts: Sequence[LogitGaussian]) -> "Lumped":
+    def joined(cls, parts: "Sequence[LogitGaussian]") -> "Lumped":
         """See `LogitGaussian`."""
-        found = {}
-        for each in fields(cls):
-            values = [v for part in parts if (v := getattr(part, each.name)) is not None]
-            found[each.name] = torch.cat(values) if values else None
+        own = [part._parts() for part in parts if isinstance(part, Lumped)]
+        found: dict[str, Tensor | None] = {}
+        for name in own[0]:
+            values = [value for each in own if (value := each[name]) is not None]
+            found[name] = torch.cat(values) if values else None
         return cls(**found)  # type: ignore[arg-type] # None only where it may be
 
     def widened(self, scale: float) -> "Lumped":
         """See `LogitGaussian`."""
         if self.outside is None:
             return self
-        outside = self.outside * scale if scale else None
-        order = (self.classes, self.others)
-        return self._made(self.factor, outside, *order, self.logits, self.noise)
+        return self._with(outside=self.outside * scale if scale else None)
+
+    def beside(self, outside: Tensor) -> "Lumped":
+        """See `LogitGaussian`."""
+        return self._with(outside=outside)
 
     def settled(self) -> "Lumped":
         """See `LogitGaussian`."""
-        if self.outside is None or self.residual is None:
+        if self.outside is None:
             return self
-        residual = self.residual + self.outside.unsqueeze(1)
         noise = _plus(self.noise, self.outside.unsqueeze(1).expand_as(self.logits))
-        return replace(self, residual=residual, outside=None, noise=noise)
+        return self._with(outside=None, noise=noise)
 
     def conditioned(self, whitening: Tensor, prior_precision: float) -> "Lumped":
         """See `LogitGaussian`."""
         noise = None if self.noise is None else self.noise / prior_precision
-        factor, order = self.factor @ whitening, (self.classes, self.others)
-        return self._made(factor, self.outside, *order, self.logits, noise)
+        return self._with(factor=self.factor @ whitening, noise=noise)
 
     def tempered(self, temperature: float, logit_temperature: float) -> "Lumped":
         """See `LogitGaussian`."""
         scale = temperature**0.5 / logit_temperature
         noise = None if self.noise is None else self.noise * scale**2
-        factor, order = self.factor * scale, (self.classes, self.others)
         logits = self.logits / logit_temperature
-        return self._made(factor, self.outside, *order, logits, noise)
+        return self._with(factor=self.factor * scale, logits=logits, noise=noise)
 
     def compressed(self) -> "Lumped":
         """Itself: m + g rows are few."""

@@ -298,4 +298,4 @@ class LaplaceEvaluation(Evaluation):
         found = self.posterior.condition(self.prior, prior_precision)
         if self.distance is None:
             return found
-        return replace(found, outside=self.distance**DISTANCE_POWER)
+        return found.beside(self.distance**DISTANCE_POWER)

@@ -390,7 +390,9 @@ class Predictive(ABC):
     def _require_fitted(self) -> Hyperparameters:
         if self.hyperparameters is None:
             name = type(self).__name__
-            raise NotFittedError(f"This {name} is not fitted. Call its fit(train_loader) first.")
+            raise NotFittedError(
+                f"This {name} is not fitted. Call {name}.fit(train_loader) first."
+            )
         return self.hyperparameters
 
 

@@ -68,6 +68,10 @@ class LogitGaussian:
         found = {name: None if t is None else function(t) for name, t in vars(self).items()}
         return replace(self, **found)  # type: ignore[arg-type] # None only where it may be
 
+    def beside(self, outside: Tensor) -> "LogitGaussian":
+        """With v, shape (n,)."""
+        return replace(self, outside=outside)
+
     def widened(self, scale: float) -> "LogitGaussian":
         """With `outside` multiplied; 0 leaves it out."""
         if self.outside is None:

@@ -27,7 +27,7 @@ if str(SPECTRAL) not in sys.path:  # where the network is
     sys.path.append(str(SPECTRAL))
 
 from _data import tiny_imagenet  # noqa: E402
-from _report import earlier_rows, forward_ratio, pipes, save_results, timed  # noqa: E402
+from _report import earlier_rows, pipes, save_results  # noqa: E402
 from _settings import OnDevice, option, parsed, recorded  # noqa: E402
 
 from ella import ELLA, NeuralEF, Predictor, Training  # noqa: E402
@@ -37,6 +37,7 @@ from ella.metrics import (  # noqa: E402
     expected_calibration_error,
     negative_log_likelihood,
 )
+from ella.report import forward_ratio, timed  # noqa: E402
 
 CLASSES = 1000
 AT_ONCE = 100

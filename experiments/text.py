@@ -239,7 +239,10 @@ class Fitted:
         found = {
             f"{measure} {score}": value
             for score in SCORES
-            for measure, value in detection(inside, outside, score).items()
+            if getattr(inside, score) is not None
+            for measure, value in detection(
+                getattr(inside, score), getattr(outside, score)
+            ).items()
         }
         return {"auroc": found["auroc entropy"], **found}
 

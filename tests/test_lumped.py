@@ -1,5 +1,6 @@
 """Many classes as the most probable and groups of others, against all of them in float64."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -30,6 +31,12 @@ def make_gaussian(*, noise=1.0, outside=False, n=N, c=C, scale=1.0):
     v = 0.3 * normal(n, seed=2).square() if outside else None
     factor = scale * normal(n, c, K, seed=3)
     return LogitGaussian(2 * normal(n, c, seed=4), factor, residual, v)
+
+
+def parts(gaussian):
+    """All that it is, what follows from the rest included."""
+    names = ("mean", "factor", "residual", "outside", "classes", "others", "logits", "noise")
+    return {name: getattr(gaussian, name) for name in names}
 
 
 def reference(gaussian, num_samples=200_000):
@@ -115,7 +122,7 @@ def test_tempering_is_building_anew(outside, temperature, scale):
     gaussian = make_gaussian(outside=outside)
     found = Lumped.of(gaussian, 5, 3).tempered(temperature, scale)
     expected = Lumped.of(gaussian.tempered(temperature, scale), 5, 3, scale=scale)
-    for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+    for one, other in zip(parts(found).values(), parts(expected).values(), strict=True):
         torch.testing.assert_close(one, other)
     draws = Lumped.of(gaussian, 5, 3).drawn(100, 0)(temperature, scale)
     torch.testing.assert_close(draws, expected.draws(100))
@@ -125,12 +132,12 @@ def test_conditioning_and_widening_are_building_anew():
     gaussian, whitening = make_gaussian(outside=True), normal(K, K, seed=9)
     found = Lumped.of(gaussian, 5, 3).widened(0.4)
     expected = Lumped.of(gaussian.widened(0.4), 5, 3)
-    torch.testing.assert_close(vars(found), vars(expected))
+    torch.testing.assert_close(parts(found), parts(expected))
     assert Lumped.of(gaussian, 5, 3).widened(0.0).outside is None
     plain = replace(gaussian, outside=None)
     found = Lumped.of(plain, 5, 3).conditioned(whitening, 3.0)
     torch.testing.assert_close(
-        vars(found), vars(Lumped.of(plain.conditioned(whitening, 3.0), 5, 3))
+        parts(found), parts(Lumped.of(plain.conditioned(whitening, 3.0), 5, 3))
     )
 
 
@@ -149,7 +156,11 @@ def test_rows_and_parts_are_those_of_the_whole():
     lumped = Lumped.of(make_gaussian(outside=True), 5, 3)
     again = Lumped.joined([lumped.rows(slice(2)), lumped.rows(torch.tensor([2, 3, 4, 5]))])
     assert isinstance(lumped.rows(slice(2)), Lumped)
-    torch.testing.assert_close(vars(again), vars(lumped), rtol=0, atol=0)
+    assert lumped.mean is lumped.mean
+    with pytest.raises(AttributeError):
+        _ = lumped.other
+    torch.testing.assert_close(parts(copy.deepcopy(lumped)), parts(lumped), rtol=0, atol=0)
+    torch.testing.assert_close(parts(again), parts(lumped), rtol=0, atol=0)
 
 
 def test_log_sums_of_log_normal_variables():
@@ -240,10 +251,10 @@ def test_a_condensed_evaluation_gives_what_its_gaussian_condensed_gives(many):
     assert condensed.prior_variance() == pytest.approx(evaluation.prior_variance())
     assert condensed.prior.factor.shape == (N, 8, K)
     found, expected = condensed.gaussian(0.7), how(evaluation.gaussian(0.7))
-    torch.testing.assert_close(vars(found.widened(0.5)), vars(expected.widened(0.5)))
+    torch.testing.assert_close(parts(found.widened(0.5)), parts(expected.widened(0.5)))
     halves = [condensed.rows(slice(3)), condensed.rows(slice(3, None))]
     again = LaplaceEvaluation.joined(halves)
-    torch.testing.assert_close(vars(again.gaussian(0.7)), vars(condensed.gaussian(0.7)))
+    torch.testing.assert_close(parts(again.gaussian(0.7)), parts(condensed.gaussian(0.7)))
     assert again.prior_variance() == pytest.approx(evaluation.prior_variance())
 
 
@@ -289,9 +300,9 @@ def test_calibration_keeps_few_rows_of_many(fitted, monkeypatch):
     kept = []
     whole = LaplaceEvaluation.joined.__func__
 
-    def joined(cls, parts):
-        kept.append([part.prior for part in parts])
-        return whole(cls, parts)
+    def joined(cls, pieces):
+        kept.append([piece.prior for piece in pieces])
+        return whole(cls, pieces)
 
     monkeypatch.setattr(LaplaceEvaluation, "joined", classmethod(joined))
     before = ella.hyperparameters
@@ -299,3 +310,30 @@ def test_calibration_keeps_few_rows_of_many(fitted, monkeypatch):
     assert all(prior.factor.shape[1] == 64 + 8 for prior in kept[0])
     assert ella.tuning.map_nll == pytest.approx(F.cross_entropy(ella.model(x), y).item(), rel=1e-5)
     ella.hyperparameters = before
+
+
+def test_a_wide_network_has_a_bottleneck_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 10), nn.Tanh(), nn.Linear(10, 300))
+    x = torch.randn(48, 5)
+    short = Training(steps=10, batch_size=16)
+    method = NeuralEF(rank=60, num_inputs=48, num_directions=80, width=16, teacher=short)
+    ella = ELLA(model, eigenfunctions=method, progress=False).fit([(x, torch.arange(48))])
+    assert ella._fit.eigenfunctions.basis.network.bottleneck == 128
+    path = tmp_path / "ella.safetensors"
+    ella.save(path)
+    again = ELLA.load(path, model, progress=False)
+    assert torch.equal(again.predict_proba(x), ella.predict_proba(x))
+    found = ella.predictive_module(2000)(x).probabilities  # draws of all logits
+    torch.testing.assert_close(found, ella.predict_proba(x, n_samples=2000), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "expected"),
+    [((300, 60), 128, 128), ((300, 60), None, None), ((250, 64), 128, None), ((10, 64), 9, None)],
+)
+def test_only_wide_networks_have_a_bottleneck(shape, given, expected):
+    made = NeuralEF(bottleneck=given)._built_in(5, shape, torch.Generator())
+    assert made.bottleneck == expected
+    with pytest.raises(ValueError, match="`bottleneck` must be at least 1"):
+        NeuralEF(bottleneck=0)

@@ -46,6 +46,7 @@ def test_casing(load):
     assert casing("36;10") == load("_dense").IGNORED
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_smoke_imagenet(load, tmp_path, capsys):
     script = load("imagenet")
     options = ["--smoke", "--pixels", "16", "--timed-pixels", "16", "--out", str(tmp_path)]

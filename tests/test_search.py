@@ -15,6 +15,7 @@ from ella import (
     Hyperparameters,
     LastLayer,
     LogitGaussian,
+    ModelChangedError,
     MonteCarlo,
     NeuralEF,
     Normal,
@@ -25,9 +26,9 @@ from ella import (
 from ella.calibrate import LOG_ODDS, NEGLIGIBLE, SHIFTED_WEIGHT, Point, Search, precision_grid
 from ella.hyperprior import REACH, Hyperprior, compass, log_sum, means
 from ella.likelihoods import Spreads
-from ella.posterior import TrainingSums
+from ella.posterior import GaussianPosterior, LaplaceEvaluation, TrainingSums
 
-pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ")
+pytestmark = pytest.mark.filterwarnings("ignore:calibrate:")
 
 X, Y, TEST = make_inputs("mlp", 24), make_labels(24), make_inputs("mlp", 6, 9)
 VAL = loader_of(make_inputs("mlp", 15, 5), make_labels(15, 6))
@@ -178,19 +179,6 @@ def test_every_end_is_asked():
         assert ("prior_precision" in asked(found, grid, chosen)) == expected
 
 
-def test_edges_are_reported_and_warned_of():
-    """Labels that follow from the logits: the sharper, the better."""
-    logits, _ = data(60, 2.0)
-    tuning = search(Categorical(), logits.argmax(1), logits).run(precision_grid(1.0))
-    assert "logit_temperature" in tuning.edges
-    assert "60 validation examples" in tuning.warning
-    assert f"({tuning.hyperparameters.logit_temperature:.3g})" in tuning.warning
-    ella = fitted()
-    answer = [(TEST, ella.logits(TEST)[0].argmax(1))]
-    with pytest.warns(UserWarning, match=r"calibrate: 6 validation examples"):
-        ella.calibrate(answer)
-
-
 # Points, in the user's terms
 
 
@@ -291,6 +279,122 @@ def test_losses_without_a_posterior_are_those_of_the_mean(likelihood):
         torch.testing.assert_close(likelihood.losses(gaussian, y, link)(0.0, 2.0), expected)
 
 
+# What a file must restore
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical((1.0, 2.0, 3.0), 7, 0.1)])
+def test_likelihoods_come_back(likelihood, tmp_path):
+    y = torch.nn.functional.one_hot(Y).double() if likelihood == Bernoulli() else Y
+    ella = make(likelihood=likelihood).fit(loader_of(X, y))
+    ella.save(tmp_path / "file")
+    again = ELLA.load(tmp_path / "file", ella.model, progress=False)
+    assert again.likelihood == likelihood
+    assert torch.equal(again.predict_proba(TEST), ella.predict_proba(TEST))
+
+
+def test_a_buffer_that_changed_refuses_the_file(tmp_path):
+    model = make_model("conv")
+    x = make_inputs("conv", 24)
+    ella = ELLA(model, eigenfunctions=LastLayer(), progress=False).fit(loader_of(x, Y))
+    ella.save(tmp_path / "file")
+    model[1].running_mean += 0.1
+    with pytest.raises(ValueError, match="was saved for another model"):
+        ELLA.load(tmp_path / "file", model)
+
+
+# Sums
+
+
+def test_the_distance_term_is_the_fourth_power_beside_the_posterior():
+    """N(f, φ(G + δI)⁻¹φᵀ + R/δ + s·D⁴), s untouched by T and δ."""
+    g = torch.Generator().manual_seed(0)
+    mean, phi = (torch.randn(3, 2, *s, generator=g).double() for s in ((), (4,)))
+    posterior = GaussianPosterior.from_curvature(torch.eye(4, dtype=torch.float64))
+    distance = torch.tensor([0.5, 1.0, 2.0]).double()
+    evaluation = LaplaceEvaluation(LogitGaussian(mean, phi, mean.square()), posterior, distance)
+    chosen = Hyperparameters(3.0, 0.5, distance_scale=0.1)
+    found = chosen.gaussian(evaluation.gaussian, Categorical()).variance()
+    expected = 0.5 * (phi.square().sum(-1) / 4 + mean.square() / 3)
+    torch.testing.assert_close(found, expected + 0.1 * distance.unsqueeze(1) ** 4)
+
+
+def test_sums_of_data_add_up_and_come_out_again():
+    g = torch.Generator().manual_seed(0)
+    prior = LogitGaussian(*(torch.randn(9, 3, *s, generator=g).double() for s in ((), (4,))))
+    likelihood = Categorical((1.0, 2.0, 3.0))
+    y = torch.arange(9) % 3
+    whole = TrainingSums.of(prior, y, likelihood)
+    parts = [TrainingSums.of(prior.rows(s), y[s], likelihood) for s in (slice(4), slice(4, 9))]
+    total = parts[0] + parts[1]
+    torch.testing.assert_close(total.curvature, whole.curvature)
+    torch.testing.assert_close(total.statistics, whole.statistics)
+    assert total.prior_variance == pytest.approx(whole.prior_variance)
+    assert (total.num_examples, whole.scaled(2.0).num_examples) == (9, 18)
+    left = whole - parts[1]
+    torch.testing.assert_close(left.curvature, parts[0].curvature)
+    p = prior.mean.softmax(-1)
+    hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    weights = torch.tensor(likelihood.class_weights).double()[y]
+    expected = torch.einsum("nck,n,ncd,ndl->kl", prior.factor, weights, hessian, prior.factor)
+    torch.testing.assert_close(whole.curvature, expected)
+    mean = prior.factor.square().sum(-1).mean(1).sum().item()
+    assert whole.prior_variance == pytest.approx(mean)
+    assert whole.unit_precision() == pytest.approx(mean / 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda g: g.triu(), "symmetric"), (lambda g: -g, "no eigenvalue below 0")],
+)
+def test_a_curvature_that_is_none_is_refused(change, message):
+    sums = fitted().partial_fit(loader_of(X, Y))._fitted().sums
+    state = replace(sums, curvature=change(sums.curvature)).state()
+    with pytest.raises(ValueError, match=message):
+        TrainingSums.restore(state)
+    assert TrainingSums.restore(sums.state()).num_examples == 48
+
+
+def test_data_come_in_fade_and_leave():
+    ella = fitted(prior_precision=2.0, temperature=3.0, logit_temperature=1.5)
+    assert ella.hyperparameters == Hyperparameters(2.0, 3.0, 1.5)
+    once, count = ella.curvature, ella._fitted().sums.num_examples
+    ella.partial_fit(loader_of(X, Y))
+    torch.testing.assert_close(ella.curvature, 2 * once)
+    ella.forget(loader_of(X, Y))
+    torch.testing.assert_close(ella.curvature, once)
+    assert ella._fitted().sums.num_examples == count
+    torch.testing.assert_close(ella.decay(0.25).curvature, once / 4)
+    free = fitted()
+    prior = free.features(X).variance().mean().item()
+    assert free.hyperparameters.prior_precision == pytest.approx(prior)
+
+
+def test_evidence_is_laplaces_formula():
+    """log p(D | θ) − ½(δ‖θ‖² + log det(G/sδ + I)), for classes and for numbers."""
+    for ella, y in ((fitted(), Y), (regression(noise_variance=0.5), TARGETS)):
+        outputs, scale = ella.network(X), ella.hyperparameters.scale(ella.likelihood)
+        own = ella.likelihood.statistics(outputs, y)
+        g, eye = ella._fitted().sums.curvature, torch.eye(4, dtype=torch.float64)
+        dispersion = ella.likelihood.dispersion(scale)
+        norm = sum(p.square().sum().item() for p in ella.model.parameters())
+        occam = torch.logdet(g / (dispersion * 2.0) + eye).item()
+        density = ella.likelihood.log_likelihood(own, scale)
+        expected = density - 0.5 * (2.0 * norm + occam)
+        assert ella.log_marginal_likelihood(2.0) == pytest.approx(expected)
+
+
+def test_what_no_longer_fits_is_said():
+    ella = fitted().calibrate(VAL)
+    with torch.no_grad():
+        ella.model[0].weight[0, 0] += 1e-3
+    with pytest.raises(ModelChangedError):
+        ella.predict_proba(TEST)
+    ella.fit(loader_of(X, Y))
+    assert (ella.tuning, ella.link) == (None, None)
+    with pytest.warns(UserWarning, match="calibrate was given training data"):
+        ella.calibrate(loader_of(X, Y))
+
+
 # Seeds
 
 
@@ -325,51 +429,14 @@ def test_calibrate_keeps_its_seed_and_so_do_files(tmp_path):
     assert torch.equal(again.sample_logits(TEST, 3), ella.sample_logits(TEST, 3))
 
 
-# What a file must restore
-
-
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical((1.0, 2.0, 3.0), 7, 0.1)])
-def test_likelihoods_come_back(likelihood, tmp_path):
-    y = torch.nn.functional.one_hot(Y).double() if likelihood == Bernoulli() else Y
-    ella = make(likelihood=likelihood).fit(loader_of(X, y))
-    ella.save(tmp_path / "file")
-    again = ELLA.load(tmp_path / "file", ella.model, progress=False)
-    assert again.likelihood == likelihood
-    assert torch.equal(again.predict_proba(TEST), ella.predict_proba(TEST))
-
-
-def test_a_buffer_that_changed_refuses_the_file(tmp_path):
-    model = make_model("conv")
-    x = make_inputs("conv", 24)
-    ella = ELLA(model, eigenfunctions=LastLayer(), progress=False).fit(loader_of(x, Y))
-    ella.save(tmp_path / "file")
-    model[1].running_mean += 0.1
-    with pytest.raises(ValueError, match="was saved for another model"):
-        ELLA.load(tmp_path / "file", model)
-
-
-# Sums
-
-
-def test_sums_of_data_add_up_and_come_out_again():
-    g = torch.Generator().manual_seed(0)
-    prior = LogitGaussian(*(torch.randn(9, 3, *s, generator=g).double() for s in ((), (4,))))
-    likelihood = Categorical((1.0, 2.0, 3.0))
-    y = torch.arange(9) % 3
-    whole = TrainingSums.of(prior, y, likelihood)
-    parts = [TrainingSums.of(prior.rows(s), y[s], likelihood) for s in (slice(4), slice(4, 9))]
-    total = parts[0] + parts[1]
-    torch.testing.assert_close(total.curvature, whole.curvature)
-    torch.testing.assert_close(total.statistics, whole.statistics)
-    assert total.prior_variance == pytest.approx(whole.prior_variance)
-    assert (total.num_examples, whole.scaled(2.0).num_examples) == (9, 18)
-    left = whole - parts[1]
-    torch.testing.assert_close(left.curvature, parts[0].curvature)
-    p = prior.mean.softmax(-1)
-    hessian = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-    weights = torch.tensor(likelihood.class_weights).double()[y]
-    expected = torch.einsum("nck,n,ncd,ndl->kl", prior.factor, weights, hessian, prior.factor)
-    torch.testing.assert_close(whole.curvature, expected)
-    mean = prior.factor.square().sum(-1).mean(1).sum().item()
-    assert whole.prior_variance == pytest.approx(mean)
-    assert whole.unit_precision() == pytest.approx(mean / 9)
+def test_edges_are_reported_and_warned_of():
+    """Labels that follow from the logits: the sharper, the better."""
+    logits, _ = data(60, 2.0)
+    tuning = search(Categorical(), logits.argmax(1), logits).run(precision_grid(1.0))
+    assert "logit_temperature" in tuning.edges
+    assert "60 validation examples" in tuning.warning
+    assert f"({tuning.hyperparameters.logit_temperature:.3g})" in tuning.warning
+    ella = fitted()
+    answer = [(TEST, ella.logits(TEST)[0].argmax(1))]
+    with pytest.warns(UserWarning, match=r"calibrate: 6 validation examples"):
+        ella.calibrate(answer)

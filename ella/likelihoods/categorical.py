@@ -22,7 +22,7 @@ KEPT_CLASSES = 64
 """How many those are."""
 GROUPS = 8
 """How many groups of others there are."""
-AT_ONCE = 512
+AT_ONCE = 256
 """Examples whose losses are computed together."""
 
 
