@@ -52,7 +52,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "matplotlib_animations": False,
     "image_scrapers": ("figures.scraper",),
-    "min_reported_time": 0,
+    "write_computation_times": False,
 }
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 

@@ -12,6 +12,9 @@ at the numbers, and decide. Data are scikit-learn's digits, 8 by 8 pixels.
 # Anything will do that maps a batch to logits. This one has seen 150 images, which it knows by
 # heart: it is surer than it should be.
 
+import tempfile
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -88,6 +91,7 @@ figure = metrics.reliability_diagram(probs, y[test])
 # The file holds everything but the model, and opening it executes nothing. It refuses any other
 # model.
 
-ella.save("digits.safetensors")
-again = ELLA.load("digits.safetensors", model)
+path = Path(tempfile.mkdtemp()) / "digits.safetensors"
+ella.save(path)
+again = ELLA.load(path, model)
 print("same predictions:", torch.equal(again.predict_proba(x[test]), probs["ELLA"]))

@@ -11,6 +11,9 @@ can follow.
 # A fitted estimator
 # ------------------
 
+import tempfile
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -61,8 +64,9 @@ class Served(nn.Module):
 
 batch = torch.export.Dim("batch", min=2, max=4096)
 program = torch.export.export(Served(module), (x[:8],), dynamic_shapes=({0: batch},))
-torch.export.save(program, "digits.pt2")
-served = torch.export.load("digits.pt2").module()
+path = Path(tempfile.mkdtemp()) / "digits.pt2"
+torch.export.save(program, path)
+served = torch.export.load(path).module()
 
 with torch.no_grad():
     ours, theirs = ella.predict_proba(x[700:], n_samples=64), served(x[700:])[0]
