@@ -174,8 +174,8 @@ class ELLA(Stored):
         start = self._started(precision, self.likelihood.initial_scale(fit.sums.statistics))
         if self.likelihood.scale == "logit_temperature":
             start = replace(start, logit_temperature=self.logit_temperature)
-        self._set_fitted(replace(start, temperature=self.temperature))
-        self._fit, self._seen = fit, seen
+        chosen = replace(start, temperature=self.temperature)
+        self._set_fitted(chosen, _fit=fit, _seen=seen)
         return self
 
     def partial_fit(self, loader: Loader) -> "Self":

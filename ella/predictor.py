@@ -160,11 +160,14 @@ class Predictor(Predictive):
             break
         hint_about_shards(batches)
 
-    def _set_fitted(self, hyperparameters: Hyperparameters) -> None:
-        """The last step of `fit`: from here on the model must stay as it is."""
-        self.hyperparameters = hyperparameters
-        self.tuning = self.link = None
-        self._fitted_to = (self.network.fingerprint(), self.network.device)
+    def _set_fitted(self, hyperparameters: Hyperparameters, **others: object) -> None:
+        """The last step of `fit`: from here on the model must stay as it is.
+
+        All at once, so that an interrupt leaves the old state or the new one.
+        """
+        to = (self.network.fingerprint(), self.network.device)
+        found = {"hyperparameters": hyperparameters, "tuning": None, "link": None}
+        vars(self).update(found, _fitted_to=to, **others)
 
     def _require_fitted(self) -> Hyperparameters:
         """The hyperparameters in use, if they still belong to the model.

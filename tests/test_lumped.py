@@ -335,5 +335,5 @@ def test_a_wide_network_has_a_bottleneck_and_comes_back(tmp_path):
 def test_only_wide_networks_have_a_bottleneck(shape, given, expected):
     made = NeuralEF(bottleneck=given)._built_in(5, shape, torch.Generator())
     assert made.bottleneck == expected
-    with pytest.raises(ValueError, match="`bottleneck` must be at least 1"):
+    with pytest.raises(ValueError, match="`bottleneck` must be a whole number"):
         NeuralEF(bottleneck=0)

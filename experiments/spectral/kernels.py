@@ -138,13 +138,13 @@ class Explicit:
         return Scaled(self.truth.kernel, TOP / self.truth.eigenvalues[0].item())
 
     def learn(
-        self, network: nn.Module, objective: Objective, training: Training, seed: int
+        self, network: nn.Module, objective: Objective, training: Training | None, seed: int
     ) -> Eigenbasis:
-        """The network trained on new points, then mixed by Rayleigh-Ritz on 49,152 others."""
+        """The network trained on new points, or not, then mixed by Rayleigh-Ritz on 49,152 others."""
         generator = torch.Generator().manual_seed(seed)
         held = torch.Generator().manual_seed(seed + 1000)
         problem = Population(self.scaled, self.draw, generator=held)
-        if training.steps:
+        if training is not None:
             loss = SpectralLoss(problem, objective)
             train(network, loss, training, generator=generator, progress=False)
         basis = ritz_basis(network.requires_grad_(False), problem, generator, num_batches=24)
@@ -166,12 +166,11 @@ class Explicit:
             generator = torch.Generator().manual_seed(seed)
             return ParallelMLP(2, self.rank, generator=generator)
 
-        untrained = replace(FROM_START, steps=0)
         training, from_random = (shortened(each, smoke) for each in (FROM_START, FROM_RANDOM))
         lora, neuralef = NestedLoRA(), NeuralEFObjective()
         landmarks = (64,) if smoke else (2048, 512)
         return {
-            "start alone": lambda: self.learn(ready(), lora, untrained, seed),
+            "start alone": lambda: self.learn(ready(), lora, None, seed),
             "NestedLoRA": lambda: self.learn(ready(), lora, training, seed),
             **{f"Nyström, {n} landmarks": partial(self.nystrom, n, seed) for n in landmarks},
             "NeuralEF": lambda: self.learn(ready(), neuralef, training, seed),
