@@ -3,7 +3,7 @@
 The page needs `ella-laplace[metrics]`, the numbers nothing.
 """
 
-from ella.report.bootstrap import Bootstrap, Interval, Sampled, Statistic
+from ella.report.bootstrap import Bootstrap, Interval, Sampled
 from ella.report.cost import forward_ratio, timed
 from ella.report.evaluation import evaluate
 from ella.report.examples import Examples
@@ -22,7 +22,6 @@ __all__ = [
     "Report",
     "Row",
     "Sampled",
-    "Statistic",
     "Verdict",
     "evaluate",
     "forward_ratio",
