@@ -1,4 +1,4 @@
-"""What the documentation says of names, links and calls; the site itself is built by `.ci/run`."""
+"""What the documentation says of names, links and calls; the site itself is built by `.ci/release`."""
 
 import ast
 import importlib

@@ -140,7 +140,7 @@ class Explicit:
     def learn(
         self, network: nn.Module, objective: Objective, training: Training | None, seed: int
     ) -> Eigenbasis:
-        """The network trained on new points, or not, then mixed by Rayleigh-Ritz on 49,152 others."""
+        """The network, trained on new points or not, mixed by Rayleigh-Ritz on 49,152 others."""
         generator = torch.Generator().manual_seed(seed)
         held = torch.Generator().manual_seed(seed + 1000)
         problem = Population(self.scaled, self.draw, generator=held)
