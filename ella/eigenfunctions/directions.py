@@ -145,7 +145,8 @@ def find_directions(
     begin = time.perf_counter()
     own = {where: sketch.rows(x, outputs[where])[0] for where, x in inputs.chosen(chosen - start)}
     taken = time.perf_counter() - begin
-    sketches = processes.sum(_placed(own, (len(chosen), each, size), device)).flatten(0, 1)
+    empty = torch.zeros(len(chosen), each, size, dtype=linearized.dtype, device=device)
+    sketches = processes.sum(_placed(own, empty)).flatten(0, 1)
     log.info(
         "rows of %d weights are sketched to %d numbers (%s); directions from %d rows",
         *(linearized.num_parameters, size, type(sketch).__name__, len(sketches)),
@@ -169,10 +170,8 @@ def check_rank(rank: int, spanned: int) -> None:
         )
 
 
-def _placed(parts: dict[Tensor, Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _placed(parts: dict[Tensor, Tensor], found: Tensor) -> Tensor:
     """Rows at their places, zeros elsewhere."""
-    dtype = next((part.dtype for part in parts.values()), torch.float32)
-    found = torch.zeros(shape, dtype=dtype, device=device)
     for where, part in parts.items():
         found[where] = part
     return found
