@@ -13,9 +13,10 @@ from ella.evaluated import Evaluated
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Discrete, Likelihood, Normal
 from ella.linearize import Linearized
+from ella.links import LaplaceBridge, Link, MonteCarlo, Probit
 from ella.network import Network
 from ella.predictions import NotFittedError, Predictive
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo, Probit
+from ella.predictive import LogitGaussian
 from ella.predictor import ModelChangedError, Predictor
 from ella.saving import State
 from ella.scores import Uncertainty, entropy

@@ -24,7 +24,8 @@ from ella.hyperprior import (
     means,
 )
 from ella.likelihoods import Likelihood
-from ella.predictive import Link, LogitGaussian
+from ella.links import Link
+from ella.predictive import LogitGaussian
 from ella.processes import Processes
 
 NO_DISTANCE = 1e-6

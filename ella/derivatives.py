@@ -10,6 +10,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 from ella.attention import DifferentiableAttention
 from ella.inputs import Inputs, Rows, map_inputs, model_inputs, num_examples, slices, take
+from ella.modes import within
 from ella.network import Network, called
 from ella.outputs import as_rows
 
@@ -81,7 +82,7 @@ class Functional(Products):
     @contextmanager
     def forward(self) -> Iterator[Forward]:
         """The network as a function of its trainable parameters and the inputs."""
-        with self.network.borrowed() as module, DifferentiableAttention():
+        with self.network.borrowed() as module, within(DifferentiableAttention()):
 
             def forward(parameters: Mapping[str, Tensor], x: Inputs) -> Tensor:
                 state = self.by_alias(parameters) | self.network.changing_buffers(module)

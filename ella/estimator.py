@@ -22,9 +22,10 @@ from ella.hints import hint
 from ella.inputs import Inputs
 from ella.likelihoods import Discrete, Likelihood
 from ella.linearize import DEFAULT_MEMORY_BUDGET, Linearized
+from ella.links import MonteCarlo
 from ella.outputs import Output
 from ella.posterior import LaplaceEvaluation
-from ella.predictive import LogitGaussian, MonteCarlo
+from ella.predictive import LogitGaussian
 from ella.seen import MANY, Seen
 from ella.stored import Stored
 from ella.summing import Summing

@@ -14,10 +14,11 @@ from ella.fitted import Fit
 from ella.hyperparameters import Hyperparameters
 from ella.inputs import MASK_KEY, input_tensors
 from ella.likelihoods import Discrete
+from ella.links import MonteCarlo
 from ella.network import Network, called
 from ella.outputs import as_rows
 from ella.posterior import DISTANCE_POWER
-from ella.predictive import LogitGaussian, MonteCarlo, standard_normals
+from ella.predictive import LogitGaussian, standard_normals
 from ella.wrappers import clean
 
 UNROLLED = 16

@@ -11,8 +11,8 @@ from ella.distance import Distance
 from ella.eigenfunctions import LastLayer, NeuralEF, Nystrom, Perturb, PerturbTokens
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Bernoulli, Categorical, Normal
+from ella.links import LaplaceBridge, MonteCarlo, Probit
 from ella.network import Network
-from ella.predictive import LaplaceBridge, MonteCarlo, Probit
 from ella.saving import State, custom_names, describe, rebuild
 from ella.spectral import NestedLoRA, NeuralEFObjective, TraceObjective, Training
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ella.derivatives import Plain, is_out_of_memory
 from ella.inputs import Inputs, Rows, map_inputs, num_examples, slices, take
 from ella.linearize import Linearized
+from ella.modes import within
 from ella.sketches import SKETCH_SIZE, folded, random_signs
 from ella.tracing import Tracing
 from ella.uses import Projection, Use
@@ -123,7 +124,7 @@ class KroneckerSketch:
             leaves,
         ):
             names = {id(leaves[name]): name for name in self._traced}
-            with Tracing(names, self._layers, n, self._like) as tracing:
+            with within(Tracing(names, self._layers, n, self._like)) as tracing:
                 outputs = self._plain.outputs_of(module, map_inputs(x, Tensor.clone))
             if outputs.ndim != 2 or len(outputs) != n:
                 raise ValueError("rows of outputs are not those of the examples")

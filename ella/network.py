@@ -21,6 +21,7 @@ from ella.inputs import (
     model_inputs,
     take,
 )
+from ella.modes import within
 from ella.outputs import Layout, Output, as_rows, check_output, find_logits
 from ella.views import Reader, View, Watch, fingerprint, remembered, shared_copy
 from ella.wrappers import clean, unwrapped
@@ -277,7 +278,7 @@ class Network:
 
     def attention(self) -> AbstractContextManager[Any]:
         """What attention of the model needs to run under: its fast path skips hooks."""
-        return DifferentiableAttention() if self._fused else ALWAYS
+        return within(DifferentiableAttention()) if self._fused else ALWAYS
 
     # What may happen to the user's model meanwhile
 

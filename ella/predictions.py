@@ -27,7 +27,8 @@ from ella.inputs import (
     take,
 )
 from ella.likelihoods import Discrete, Likelihood
-from ella.predictive import DRAWS, Evaluation, Link, LogitGaussian, MonteCarlo, make_link
+from ella.links import DRAWS, Link, MonteCarlo, make_link
+from ella.predictive import Evaluation, LogitGaussian
 from ella.scores import Uncertainty
 
 if TYPE_CHECKING:
@@ -319,8 +320,6 @@ class Predictive(ABC):
     def _condensed(self, evaluation: Evaluation, link: Link) -> Callable[[float], LogitGaussian]:
         how = partial(self.likelihood.condensed, link=link)
         return lambda precision: how(evaluation.condensed(how).gaussian(precision))
-
-    # What comes in
 
     def _batches(self, loader: Loader) -> Batches:
         """The batches of a loader, checked and moved."""

@@ -18,10 +18,10 @@ from ella.formats import KINDS, given_or_saved, upgraded
 from ella.hyperparameters import Hyperparameters, Tuning
 from ella.likelihoods import Likelihood
 from ella.linearize import Linearized
+from ella.links import Link
 from ella.network import Network
 from ella.outputs import Output
 from ella.predictions import NotFittedError
-from ella.predictive import Link
 from ella.predictor import Predictor
 from ella.saving import DAMAGE, Json, State, describe, read, rebuild, write
 from ella.wrappers import clean

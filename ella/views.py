@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ella.modes import within
 from ella.wrappers import COMPILED, clean, without_wrappers
 
 Reader = Callable[[nn.Module, Any, Any], None]
@@ -33,7 +34,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
         Exception: Whatever copying an object that the model holds raises.
     """
     memo: dict[int, Any] = {id(held): held for held in _held_tensors(model)}
-    with _SharedTensors():
+    with within(_SharedTensors()):
         twin = copy.deepcopy(model, memo)
     pairs = zip(twin.parameters(), model.parameters(), strict=True)
     if twin is model or not all(one is other for one, other in pairs):

@@ -3,6 +3,7 @@
 The table is in `attacks.py`, one line a case.
 """
 
+import copy
 import json
 import sys
 import warnings
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from attacks import FAMILIES, HERE, OUTCOMES, World, verdict
+from torch.overrides import _get_current_function_mode_stack
 
 import ella as package
+from ella.views import shared_copy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:calibrate. "),
@@ -118,6 +121,18 @@ def test_an_interrupted_call_changes_nothing_or_all(name, method, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == [world.path.name]
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
+
+
+def test_no_mode_outlives_an_interruption():
+    """At every line: a mode that is left on would share what the user copies afterwards."""
+    model = torch.nn.Linear(2, 2)
+    with Interruption(-1) as counting:
+        shared_copy(model)
+    for moment in range(1, -counting.left):
+        with pytest.raises(KeyboardInterrupt), Interruption(moment):
+            shared_copy(model)
+        assert not _get_current_function_mode_stack()
+    assert copy.deepcopy(model).weight.data_ptr() != model.weight.data_ptr()
 
 
 def state_of(model):

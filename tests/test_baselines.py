@@ -19,8 +19,8 @@ from ella.baselines import (
     NystromLaplace,
     TemperatureScaling,
 )
+from ella.links import MonteCarlo
 from ella.metrics import negative_log_likelihood
-from ella.predictive import MonteCarlo
 
 PRECISIONS = (0.05, 1.0, 30.0)
 CLASSES = 3

@@ -10,7 +10,7 @@ from torch import nn
 from ella import ELLA, Distance, LastLayer, LogitGaussian, NeuralEF, Nystrom, Probit, Training
 from ella.calibrate import Search
 from ella.distance import HIGHEST, ActivationDistance, ActivationSums
-from ella.predictive import MonteCarlo
+from ella.links import MonteCarlo
 from ella.scores import max_logit_p_norm
 
 CLASSES = 3

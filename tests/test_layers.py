@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ella"
 ORDER = (
     "arguments",
+    "modes",
     "processes",
     "inputs",
     "targets",
@@ -35,6 +36,7 @@ ORDER = (
     "choosing",
     "lognormal",
     "predictive",
+    "links",
     "lumped",
     "scores",
     "likelihoods",
@@ -107,10 +109,13 @@ def test_imports_point_one_way(path):
         ("predictive", {"inputs"}),
         ("scores", {"predictive"}),
         ("lumped", {"lognormal", "predictive"}),
-        ("likelihoods", {"inputs", "targets", "predictive", "lumped", "scores"}),
-        ("posterior", {"predictive", "likelihoods", "saving", "processes"}),
-        ("hyperparameters", {"predictive", "likelihoods"}),
-        ("calibrate", {"predictive", "likelihoods", "hyperparameters", "hyperprior", "processes"}),
+        ("likelihoods", {"links", "inputs", "targets", "predictive", "lumped", "scores"}),
+        ("posterior", {"links", "predictive", "likelihoods", "saving", "processes"}),
+        ("hyperparameters", {"links", "predictive", "likelihoods"}),
+        (
+            "calibrate",
+            {"links", "predictive", "likelihoods", "hyperparameters", "hyperprior", "processes"},
+        ),
     ],
 )
 def test_the_halves_do_not_know_each_other(part, allowed):

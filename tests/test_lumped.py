@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ella import ELLA, LastLayer, NeuralEF
 from ella.likelihoods import Categorical, categorical
+from ella.links import MonteCarlo, Probit
 from ella.lognormal import log_sum_moments
 from ella.lumped import Lumped
 from ella.posterior import GaussianPosterior, LaplaceEvaluation
-from ella.predictive import LogitGaussian, MonteCarlo, Probit
+from ella.predictive import LogitGaussian
 from ella.spectral import Training
 
 N, C, K = 6, 12, 4

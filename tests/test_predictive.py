@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from ella.likelihoods import Categorical
-from ella.predictive import (
-    LaplaceBridge,
-    LogitGaussian,
-    MonteCarlo,
-    Probit,
-    make_link,
-)
+from ella.links import LaplaceBridge, MonteCarlo, Probit, make_link
+from ella.predictive import LogitGaussian
 from ella.scores import entropy
 
 N, C, K = 4, 3, 5

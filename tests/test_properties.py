@@ -11,8 +11,8 @@ from reference import dense_ggn, dense_jacobian, lla_covariance, softmax_hessian
 from torch import nn
 
 from ella import ELLA, LastLayer, LogitGaussian, NeuralEF, Nystrom, Training
+from ella.links import make_link
 from ella.posterior import GaussianPosterior
-from ella.predictive import make_link
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate. ", "ignore:All labels")
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
+from ella.links import LaplaceBridge, Link, MonteCarlo
+from ella.predictive import LogitGaussian
 from ella.scores import Uncertainty, entropy, logit_variance
 
 Losses = Callable[[float, float], Tensor]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ella.likelihoods.base import Discrete
-from ella.predictive import Link, LogitGaussian
+from ella.links import Link
+from ella.predictive import LogitGaussian
 from ella.scores import Uncertainty, binary_entropy, joint_energy
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ella.arguments import SHARE, optional, settle, whole
 from ella.inputs import slices
 from ella.likelihoods.base import Discrete, Losses
+from ella.links import LaplaceBridge, Link, MonteCarlo
 from ella.lumped import Lumped
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
+from ella.predictive import LogitGaussian
 from ella.scores import Uncertainty, corrected_energy, energy, max_logit_p_norm
 from ella.targets import check_class_labels
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ella.arguments import POSITIVE, optional, settle
 from ella.likelihoods.base import Likelihood, Losses, Spreads
-from ella.predictive import LaplaceBridge, Link, LogitGaussian, MonteCarlo
+from ella.links import LaplaceBridge, Link, MonteCarlo
+from ella.predictive import LogitGaussian
 from ella.scores import Uncertainty, logit_variance
 from ella.targets import check_real_targets
 
