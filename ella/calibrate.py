@@ -5,11 +5,10 @@ precision δ, computed from cached features. Nothing here knows how it was made.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from ella.hyperparameters import Hyperparameters, Tuning
@@ -27,12 +26,16 @@ from ella.likelihoods import Likelihood
 from ella.links import Link
 from ella.predictive import LogitGaussian
 from ella.processes import Processes
+from ella.validation import Score
 
 NO_DISTANCE = 1e-6
 """Mean fourth power of distances, which is about 1, below which they are rounding."""
 
 SHIFTED_WEIGHT = 0.03
 """Of the negative log-likelihood of shifted validation data, beside that of those as they are."""
+
+EXPONENT_SPREAD = 0.5
+"""Standard deviation of the half-normal hyperprior of the exponent of logit norms."""
 
 LOG_ODDS = 1.0
 """Of a posterior against none, before any validation data, in nats."""
@@ -89,38 +92,6 @@ class Belief:
 
 
 @dataclass(frozen=True)
-class Score:
-    """How losses become one number, over the validation data of all processes.
-
-    Attributes:
-        num_examples: Examples that count.
-        share: Weight of this process's mean in that of all.
-        processes: Who has the others.
-    """
-
-    num_examples: int
-    share: float
-    processes: Processes
-
-    @classmethod
-    def of(
-        cls, likelihood: Likelihood, y: Tensor, processes: Processes, *, counts: bool
-    ) -> "Score":
-        """For this process's checked targets, which may be there only to compute along."""
-        weights = likelihood.weights(y)
-        weight = len(y) if weights is None else weights.sum().item()
-        own = torch.tensor([likelihood.num_counted(y), weight], dtype=torch.float64) * counts
-        num_examples, total = processes.sum(own.to(y.device)).tolist()
-        return cls(round(num_examples), own[1].item() / total if total else 0.0, processes)
-
-    def mean(self, losses: Tensor) -> float:
-        """Of losses that are weighted so that their mean over a process is its score."""
-        if self.processes.size == 1:
-            return losses.mean().item()
-        return self.processes.sum(losses.double().mean() * self.share).item()
-
-
-@dataclass(frozen=True)
 class Search:
     r"""Chooses (δ, T, scale) by validation likelihood × hyperprior.
 
@@ -141,6 +112,8 @@ class Search:
         y: Targets that it has checked.
         link: How outputs become predictions.
         distance_scale: s, multiplies the distance term.
+        norm_exponent: See `Hyperparameters`.
+        typical_norm: See `Hyperparameters`.
         shifted: The same on data that are shifted, whose likelihood counts a little.
         initial_scale: Scale of the MAP: 1 for logits, the fitted noise variance for regression.
         processes: Who has the other validation data; None if nobody has.
@@ -152,6 +125,8 @@ class Search:
     y: Tensor
     link: Link
     distance_scale: float = 0.0
+    norm_exponent: float = 0.0
+    typical_norm: float = 1.0
     shifted: "Search | None" = None
     initial_scale: float = 1.0
     processes: Processes | None = None
@@ -191,6 +166,7 @@ class Search:
         tuning: Tuning,
         precisions: list[float],
         share: float,
+        exponents: Sequence[float] = (0.0,),
         shifted: "Search | None" = None,
     ) -> Tuning:
         """Search again with a distance term, and take it unless it costs too much likelihood.
@@ -204,9 +180,10 @@ class Search:
             tuning: What was found without it.
             precisions: See `run`.
             share: ρ.
+            exponents: Of the norm of the logits, to choose from.
             shifted: On shifted data, which show how much T and τ should leave to the term.
         """
-        if tuning.posterior is None or share == 0:
+        if tuning.posterior is None:
             return tuning
         gaussian = tuning.posterior.gaussian(self.gaussian_at, self.likelihood)
         outside = self.gaussian_at(precisions[0]).outside
@@ -216,6 +193,8 @@ class Search:
         if means[1] < NO_DISTANCE:  # nothing moves: there is no unit to measure distances in
             return tuning
         wider = replace(self, distance_scale=share * means[0] / means[1], shifted=shifted)
+        precision = tuning.posterior.unit_precision(self.likelihood)
+        wider = wider._normalised(precision, exponents)
         found = wider.run(precisions)
         if shifted is not None:  # what it reached on both is not what it reached here
             nll = self.score.mean(wider.losses_at(found.hyperparameters))
@@ -227,6 +206,30 @@ class Search:
             return tuning
         return replace(found, map_nll=tuning.map_nll, scaled_nll=tuning.scaled_nll)
 
+    def _normalised(self, precision: float, exponents: Sequence[float]) -> "Search":
+        """With the exponent of the logits' norm that has the best mode at one δ.
+
+        Its hyperprior is the half of a normal distribution, so that few data leave it at 0.
+        """
+        gaussian, fewest = self._gaussian_at(precision), self.likelihood.fewest_normalised
+        if fewest is None or gaussian.mean.shape[1] < fewest:
+            return self
+        norm = self.score.mean(gaussian.norm())
+        if not norm > 0:  # all outputs alike: there is nothing to divide by
+            return self
+        prior, found = self._hyperprior, []
+        for exponent in exponents:
+            there = replace(self, norm_exponent=exponent, typical_norm=norm)
+            nll = there._nll_at(precision)
+
+            def value(logs: Logs, nll: Function = nll) -> float:
+                return nll(logs) + prior.penalty(logs)
+
+            least = value(compass(value, prior.origin, prior.origin))
+            own = (exponent / EXPONENT_SPREAD) ** 2 / (2 * self.num_examples)
+            found.append((least + own, there))
+        return min(found, key=lambda each: each[0])[1]
+
     def losses_at(self, chosen: Hyperparameters) -> Tensor:
         """Losses of the examples at chosen hyperparameters."""
         gaussian = self._gaussian_at(chosen.unit_precision(self.likelihood))
@@ -234,11 +237,17 @@ class Search:
         return losses(chosen.temperature, chosen.scale(self.likelihood)).double()
 
     def _gaussian_at(self, precision: float) -> LogitGaussian:
-        return self.gaussian_at(precision).widened(self.distance_scale)
+        found = self.gaussian_at(precision).widened(self.distance_scale)
+        return found.normalised(self.norm_exponent, self.typical_norm)
 
     def _numbers(self, point: Point) -> Hyperparameters:
         found = point.hyperparameters(self.likelihood)
-        return replace(found, distance_scale=self.distance_scale)
+        return replace(
+            found,
+            distance_scale=self.distance_scale,
+            norm_exponent=self.norm_exponent,
+            typical_norm=self.typical_norm,
+        )
 
     @property
     def num_examples(self) -> int:
@@ -319,7 +328,12 @@ class Search:
         losses = self.likelihood.losses(gaussian, self.y, self.link)
         if self.shifted is None:
             return lambda temperature, scale: self.score.mean(losses(temperature, scale))
-        other = replace(self.shifted, distance_scale=self.distance_scale)._objective(precision)
+        other = replace(
+            self.shifted,
+            distance_scale=self.distance_scale,
+            norm_exponent=self.norm_exponent,
+            typical_norm=self.typical_norm,
+        )._objective(precision)
 
         def both(temperature: float, scale: float) -> float:
             own = self.score.mean(losses(temperature, scale))

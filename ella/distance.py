@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ella.activations import FeatureTaps, Tap
-from ella.arguments import POSITIVE, settle
+from ella.arguments import POSITIVE, SHARE, settle
 from ella.inputs import Inputs
 from ella.processes import Processes
 from ella.saving import State
@@ -38,24 +38,37 @@ class Distance:
     gives 0: s·D⁴ is `share` of the variance that the weights give, on average over validation
     data; 0 if their negative log-likelihood rises by more than its standard error.
 
+    Where distance speaks of inputs that are far, the norm of the logits need not: with three
+    classes or more, mean and covariance are divided by :math:`(‖f - \bar f‖/r)^a` and its square,
+    r being the mean norm over validation data and a the one of `exponents` that gives them the
+    best likelihood. Directions of logits rank errors better than their norms, which grow with
+    whatever the network likes to see.
+
     Attributes:
         share: ρ.
         ridge: ε.
+        exponents: Candidates of a; (0,) leaves the norms as they are.
 
     Raises:
-        ValueError: If a number is not above 0.
+        ValueError: If a number is not above 0, or an exponent not within 0 and 1.
 
     References: A Simple Unified Framework for Detecting Out-of-Distribution Samples (Lee et al.,
     2018), https://arxiv.org/abs/1807.03888; An Infinite-Feature Extension for Bayesian ReLU Nets
     That Fixes Their Asymptotic Overconfidence (Kristiadi et al., 2021),
-    https://arxiv.org/abs/2010.02709
+    https://arxiv.org/abs/2010.02709; How to Fix a Broken Confidence Estimator (Cattelan & Silva,
+    2024), https://arxiv.org/abs/2305.15508
     """
 
     share: float = 0.1
     ridge: float = 0.01
+    exponents: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
         settle(self, share=POSITIVE, ridge=POSITIVE)
+        given = self.exponents
+        if not isinstance(given, (tuple, list)) or not given:
+            raise ValueError(f"`exponents` must be some numbers from 0 to 1; got {given!r}.")
+        object.__setattr__(self, "exponents", tuple(SHARE("exponents", each) for each in given))
 
 
 @dataclass(frozen=True)

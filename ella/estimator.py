@@ -310,10 +310,6 @@ class ELLA(Stored):
         wide = self.network.wide.itemsize
         return sum(t.numel() * t.element_size() for t in tensors) + own * wide
 
-    @property
-    def _distance_share(self) -> float:
-        return 0.0 if self.distance is None else self.distance.share
-
     def _evaluate(self, x: Inputs) -> LaplaceEvaluation:
         # Whoever asks has looked whether it still holds.
         return (self._fit or self._fitted()).evaluate(x)

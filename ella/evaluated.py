@@ -22,6 +22,7 @@ class Evaluated(Predictive):
         super().__init__(method.likelihood, seed=method.seed, progress=False)
         self.method = method
         self.evaluation = evaluation
+        self.distance = method.distance
         self.hyperparameters = method.hyperparameters
         self.tuning, self.link = method.tuning, method.link
 
@@ -50,10 +51,6 @@ class Evaluated(Predictive):
     @property
     def _device(self) -> torch.device:
         return self.evaluation.logits.device
-
-    @property
-    def _distance_share(self) -> float:
-        return self.method._distance_share
 
     @property
     def _tunable(self) -> bool:

@@ -98,12 +98,12 @@ class PredictiveModule(nn.Module):
         residual = None
         if self.residual is not None:
             residual = self.residual.variances(self.residual.network(activations))
-        deviations, variance = self.epistemic(psi, residual, distance)
-        each = self.epistemic.responses(logits, deviations)
+        mean, deviations, variance = self.epistemic(logits, psi, residual, distance)
+        each = self.epistemic.responses(mean, deviations)
         probabilities = known = each.mean(0).T
         if self.chosen is not None:
-            other, _ = self.chosen(psi, residual, distance)
-            probabilities = self.chosen.responses(logits, other).mean(0).T
+            mean, deviations, _ = self.chosen(logits, psi, residual, distance)
+            probabilities = self.chosen.responses(mean, deviations).mean(0).T
         entropy = self.likelihood.entropy
         information = entropy(known) - entropy(each, 1).mean(0)
         return Prediction(probabilities.contiguous(), information.clamp_min(0), variance.mean(-1))
@@ -211,6 +211,7 @@ class _Posterior(nn.Module):
         super().__init__()
         self.likelihood, self.num_outputs = likelihood, num_outputs
         self.logit_temperature, self.distance_scale = at.logit_temperature, at.distance_scale
+        self.norm_exponent, self.typical_norm = at.norm_exponent, at.typical_norm
         self.residual_scale = at.temperature / at.logit_temperature**2 / at.prior_precision
         self.certain = at.temperature == 0 and at.distance_scale == 0
         mixing = features.basis.folded
@@ -225,22 +226,21 @@ class _Posterior(nn.Module):
         self.register_buffer("normals", normals.to(mixing))
 
     def forward(
-        self, psi: Tensor, residual: Tensor | None, distance: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Deviations of draws (s, c, n), and marginal variances (n, c)."""
+        self, logits: Tensor, psi: Tensor, residual: Tensor | None, distance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (n, c), deviations of draws (s, c, n), and marginal variances (n, c)."""
         scaled = None if residual is None else residual * self.residual_scale
         beside = None
         if distance is not None and self.distance_scale > 0:
             beside = self.distance_scale * distance**DISTANCE_POWER
-        factor = psi @ self.mix
-        # The mean does not matter here, but has the shape of the variances.
-        gaussian = LogitGaussian(factor[..., 0], factor, scaled, beside).settled()
-        return self._deviations(factor, gaussian.residual), gaussian.variance()
+        gaussian = LogitGaussian(logits, psi @ self.mix, scaled, beside)
+        gaussian = gaussian.normalised(self.norm_exponent, self.typical_norm).settled()
+        deviations = self._deviations(gaussian.factor, gaussian.residual)
+        return gaussian.mean / self.logit_temperature, deviations, gaussian.variance()
 
-    def responses(self, logits: Tensor, deviations: Tensor) -> Tensor:
+    def responses(self, mean: Tensor, deviations: Tensor) -> Tensor:
         """The response at each draw, (s, c, n); at the mean alone where nothing is uncertain."""
-        mean = (logits / self.logit_temperature).T
-        draws = mean.unsqueeze(0) if self.certain else mean + deviations
+        draws = mean.T.unsqueeze(0) if self.certain else mean.T + deviations
         return self.likelihood.response(draws, 1)
 
     def _deviations(self, factor: Tensor, outside: Tensor | None) -> Tensor:

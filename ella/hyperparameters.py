@@ -22,9 +22,12 @@ class Hyperparameters:
         logit_temperature: τ, divides the outputs (all but `Normal`).
         noise_variance: σ² of the Gaussian likelihood (`Normal`).
         distance_scale: s, multiplies the distance term (`Distance`); 0 for none.
+        norm_exponent: a, of the norm of centred logits by which logits are divided (`Distance`);
+            0 leaves them as they are.
+        typical_norm: r, the norm at which that changes nothing.
 
     Raises:
-        ValueError: If a number is not finite or not above 0 (T and s: below 0).
+        ValueError: If a number is not finite or not above 0 (T, s and a: below 0).
     """
 
     prior_precision: float
@@ -32,11 +35,14 @@ class Hyperparameters:
     logit_temperature: float = 1.0
     noise_variance: float = 1.0
     distance_scale: float = 0.0
+    norm_exponent: float = 0.0
+    typical_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        positive = ("prior_precision", "logit_temperature", "noise_variance")
+        positive = ("prior_precision", "logit_temperature", "noise_variance", "typical_norm")
         settle(self, **dict.fromkeys(positive, POSITIVE))
-        settle(self, temperature=NOT_NEGATIVE, distance_scale=NOT_NEGATIVE)
+        not_negative = ("temperature", "distance_scale", "norm_exponent")
+        settle(self, **dict.fromkeys(not_negative, NOT_NEGATIVE))
 
     def scale(self, likelihood: Likelihood) -> float:
         """The number that is this likelihood's scale."""
@@ -58,6 +64,7 @@ class Hyperparameters:
         """
         dispersion = likelihood.dispersion(self.scale(likelihood))
         found = gaussian_at(self.unit_precision(likelihood)).widened(self.distance_scale)
+        found = found.normalised(self.norm_exponent, self.typical_norm)
         return found.tempered(self.temperature * dispersion, self.logit_temperature)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ella.lognormal import log_sum_moments
-from ella.predictive import LogitGaussian, standard_normals_like
+from ella.predictive import LogitGaussian, centred_norm, standard_normals_like
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -149,6 +149,18 @@ class Lumped(LogitGaussian):
     def beside(self, outside: Tensor) -> "Lumped":
         """See `LogitGaussian`."""
         return self._with(outside=outside)
+
+    def norm(self) -> Tensor:
+        """See `LogitGaussian`: of all c logits."""
+        return centred_norm(self.logits[:, : self.classes.shape[1] + self.others.shape[1]])
+
+    def multiplied(self, gain: Tensor) -> "Lumped":
+        """See `LogitGaussian`."""
+        gain = gain.unsqueeze(1)
+        noise = None if self.noise is None else self.noise * gain.square()
+        return self._with(
+            factor=self.factor * gain.unsqueeze(2), logits=self.logits * gain, noise=noise
+        )
 
     def settled(self) -> "Lumped":
         """See `LogitGaussian`."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ella.arguments import SEED
 from ella.batches import Batches, Loader
 from ella.calibrate import Search, precision_grid
+from ella.distance import Distance
 from ella.hyperparameters import Hyperparameters, NotFittedError, Tuning
 from ella.inputs import (
     Collated,
@@ -47,6 +48,7 @@ class Predictive(ABC):
         hyperparameters: In use now; None before `fit`.
         tuning: What the last `calibrate` found; None before it.
         link: With what `calibrate` tuned, and what predicts unless told otherwise; None before.
+        distance: The distance term, of a method that has one.
         seed: Seed of everything random.
         progress: Whether to show progress bars.
     """
@@ -58,6 +60,7 @@ class Predictive(ABC):
         self.hyperparameters: Hyperparameters | None = None
         self.tuning: Tuning | None = None
         self.link: Link | None = None
+        self.distance: Distance | None = None
 
     @abstractmethod
     def _evaluate(self, x: Inputs) -> Evaluation:
@@ -94,8 +97,8 @@ class Predictive(ABC):
 
         Args:
             val_loader: Data that the classifier was **not** trained on; on training data it is
-                over-confident and the search would learn that nothing is wrong. If none are left,
-                randomly cropped training images are the published substitute.
+                over-confident, as if nothing were wrong. If none are left, randomly cropped
+                training images are the published substitute.
             link: How outputs become predictions: "mc", "probit", "bridge" or a `Link`.
             n_samples: Draws for "mc".
             shifted: The same data, or others, as they may come in use: turned, noisy, cut. With a
@@ -124,12 +127,15 @@ class Predictive(ABC):
         evaluation, search = self._search(val_loader, link, noise_variance)
         variance = torch.tensor(evaluation.prior_variance(), dtype=torch.float64)
         precisions = self._precisions(evaluation, search.score.mean(variance.to(search.y.device)))
-        share, other = self._distance_share, None
+        term, other = self.distance, None
         if shifted is not None:
             self._labelled_batches(shifted)  # says if it is no loader
-            if share > 0:
+            if term is not None:
                 _, other = self._search(shifted, link, noise_variance)
-        return search.with_distance(search.run(precisions), precisions, share, other)
+        tuning = search.run(precisions)
+        if term is None:
+            return tuning
+        return search.with_distance(tuning, precisions, term.share, term.exponents, other)
 
     def _search(
         self, loader: Loader, link: Link, noise_variance: float
@@ -239,7 +245,8 @@ class Predictive(ABC):
             wide = epistemic.gaussian(evaluation.gaussian, self.likelihood)
             used = wide
             if epistemic is not chosen:  # T = 0: the mean alone
-                mean = evaluation.logits / chosen.logit_temperature
+                plain = replace(chosen, prior_precision=epistemic.prior_precision)
+                mean = plain.gaussian(evaluation.gaussian, self.likelihood).mean
                 used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0), None, wide.outside)
             found = self.likelihood.uncertainty(used, wide, found_link, scale)
             return replace(found, distance=evaluation.distance)
@@ -251,13 +258,7 @@ class Predictive(ABC):
         return Uncertainty.joined(parts)
 
     @property
-    def _distance_share(self) -> float:
-        """Share of the variance that the distance term gets by rule; 0 for none."""
-        return 0.0
-
-    @property
     def _tunable(self) -> bool:
-        """Whether there is anything to choose."""
         return True
 
     def _precisions(self, evaluation: Evaluation, prior_variance: float) -> list[float]:
@@ -299,7 +300,7 @@ class Predictive(ABC):
         found = []
         for inputs in self._input_batches(x):
             rows = _cat([average(each) for each in self._gaussians_of(inputs, chosen, seen)])
-            found.append(self._laid_out(rows if then is None else then(rows), inputs))
+            found.append(self._laid_out(then(rows) if then else rows, inputs))
         return _cat(found)
 
     def _gaussians(self, x: Inputs | Loader) -> Iterator[LogitGaussian]:
@@ -326,7 +327,7 @@ class Predictive(ABC):
         return Batches(loader, self._device)
 
     def _labelled_batches(self, loader: Loader) -> Batches:
-        """The same for labelled data, of which a sample of positions may do."""
+        """Of labelled data, of which a sample of positions may do."""
         return self._batches(loader)
 
     def _input_batches(self, x: Inputs | Loader) -> Iterator[Inputs]:
@@ -384,7 +385,7 @@ class Predictive(ABC):
         return (type(parts[0]).joined(parts), torch.cat(targets)) if parts else None
 
     def _progress_over(self, items: Iterable[T], what: str) -> Iterable[T]:
-        return iter(tqdm(items, desc=what, disable=not self.progress, leave=False))
+        return tqdm(items, desc=what, disable=not self.progress, leave=False)
 
     def _require_fitted(self) -> Hyperparameters:
         if self.hyperparameters is None:

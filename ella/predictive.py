@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 KEPT_NUMBERS = 2**17
 """Draws of up to this many numbers are kept for the next call: a server draws the same again."""
 
+LEAST_NORM = 0.1
+"""Norms of logits count from this share of the typical norm: nothing is divided by 0."""
+
 
 @dataclass(frozen=True)
 class LogitGaussian:
@@ -69,6 +72,34 @@ class LogitGaussian:
         if self.outside is None:
             return self
         return replace(self, outside=self.outside * scale if scale else None)
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of the mean logits less their mean, shape (n,)."""
+        return centred_norm(self.mean)
+
+    def normalised(self, exponent: float, norm: float) -> "LogitGaussian":
+        r"""`multiplied` by :math:`(r/‖m - \bar m‖)^a`: logits of a norm nearer to r.
+
+        Args:
+            exponent: a; 0 leaves everything as it is, 1 gives all examples one norm.
+            norm: r. Below a tenth of it norms count as a tenth.
+        """
+        if exponent == 0:
+            return self
+        return self.multiplied((norm / self.norm().clamp_min(LEAST_NORM * norm)) ** exponent)
+
+    def multiplied(self, gain: Tensor) -> "LogitGaussian":
+        r"""The Gaussian :math:`N(g m, g^2 (F F^\top + D) + v I)`; g of shape (n,)."""
+        gain = gain.unsqueeze(1)
+        residual = self.residual
+        if residual is not None:
+            residual = residual * gain.square().view(-1, *[1] * (residual.ndim - 1))
+        return replace(
+            self,
+            mean=self.mean * gain,
+            factor=self.factor * gain.unsqueeze(2),
+            residual=residual,
+        )
 
     def settled(self) -> "LogitGaussian":
         """The same Gaussian with v as a part of D."""
@@ -185,6 +216,11 @@ class LogitGaussian:
     def spread(self, probs: Tensor) -> Tensor:
         """Probabilities of all classes from those of the logits; here they are the same."""
         return probs
+
+
+def centred_norm(logits: Tensor) -> Tensor:
+    """Euclidean norm of logits (n, c) less their mean, shape (n,)."""
+    return torch.linalg.vector_norm(logits - logits.mean(-1, keepdim=True), dim=-1)
 
 
 def standard_normals_like(like: Tensor, num_samples: int, dim: int, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from ella import ELLA, Distance, LastLayer, LogitGaussian, NeuralEF, Nystrom, Probit, Training
 from ella.calibrate import Search
 from ella.distance import HIGHEST, ActivationDistance, ActivationSums
+from ella.likelihoods import Categorical
 from ella.links import MonteCarlo
 from ella.scores import max_logit_p_norm
 
@@ -204,8 +205,6 @@ class TwoClusters:
 
 @pytest.mark.parametrize("far_is_wrong", [True, False])
 def test_a_term_that_costs_likelihood_is_left_out(far_is_wrong):
-    from ella.likelihoods import Categorical
-
     data = TwoClusters(far_is_wrong)
     search = Search(data.gaussian_at, Categorical(), data.y, Probit())
     grid = [0.1, 1.0, 10.0]
@@ -283,6 +282,78 @@ def test_links_see_all_of_the_variance(link):
     torch.testing.assert_close(link(joined), link(as_residual).expand(2, 2))
 
 
+def test_logits_of_a_norm_nearer_to_the_typical_one():
+    """Mean and covariance times g and g², g = (r/‖centred mean‖)^a; what is outside stays."""
+    factor, outside = normal(4, CLASSES, 2), torch.tensor([0.1, 1.0, 3.0, 0.0]).double()
+    mean = normal(4, CLASSES, seed=1)
+    mean[3] = 1.5  # no class stands out: as if the norm were a tenth of r
+    block = normal(4, CLASSES, CLASSES, seed=3)
+    for residual in (None, factor[..., 0] ** 2, block @ block.mT):
+        gaussian = LogitGaussian(mean, factor, residual, outside)
+        found = gaussian.normalised(0.5, 2.0)
+        for i in range(4):
+            norm = sum((m - mean[i].mean()).item() ** 2 for m in mean[i]) ** 0.5
+            gain = (2.0 / max(norm, 0.2)) ** 0.5
+            torch.testing.assert_close(found.mean[i], mean[i] * gain)
+            covariance = replace(gaussian, outside=None).covariance()[i] * gain**2
+            covariance = covariance + outside[i] * torch.eye(CLASSES)
+            torch.testing.assert_close(found.covariance()[i], covariance)
+        assert gaussian.normalised(0.0, 2.0) is gaussian
+        torch.testing.assert_close(found.norm()[:3], gaussian.norm()[:3] ** 0.5 * 2.0**0.5)
+
+
+class Norms:
+    """Two hundred examples whose norm says nothing: a tenth of each of two norms is wrong."""
+
+    def __init__(self, informative):
+        self.y = torch.arange(200) % 3
+        size = torch.where(torch.arange(200) < 100, 6.0, 1.5).double()
+        self.mean = torch.nn.functional.one_hot(self.y, 3).double() * size.unsqueeze(1)
+        wrong = torch.arange(200) % 10 == 0
+        if informative:
+            wrong = torch.where(size > 2, torch.arange(200) % 50 == 0, torch.arange(200) % 3 == 0)
+        self.y = torch.where(wrong, (self.y + 1) % 3, self.y)
+
+    def gaussian_at(self, precision):
+        factor = torch.eye(3).double().expand(200, 3, 3) * 0.1 / math.sqrt(precision)
+        return LogitGaussian(self.mean, factor, None, torch.ones(200).double())
+
+
+@pytest.mark.parametrize("informative", [True, False])
+def test_the_exponent_that_suits_the_data_is_chosen(informative):
+    data, grid = Norms(informative), [0.1, 1.0, 10.0]
+    search = Search(data.gaussian_at, Categorical(), data.y, Probit())
+    plain = search.run(grid)
+    found = search.with_distance(plain, grid, 1e-3, (0.0, 0.5, 1.0)).hyperparameters
+    assert found.norm_exponent == (0.0 if informative else 1.0)
+    assert found.typical_norm == pytest.approx(3.75 * (2 / 3) ** 0.5)
+
+
+def test_two_classes_are_not_normalised():
+    data, grid = Norms(informative=False), [0.1, 1.0, 10.0]
+    search = Search(
+        lambda precision: LogitGaussian(
+            data.mean[:, :2],
+            data.gaussian_at(precision).factor[:, :2],
+            None,
+            data.gaussian_at(precision).outside,
+        ),
+        Categorical(),
+        data.y.clamp_max(1),
+        Probit(),
+    )
+    plain = search.run(grid)
+    found = search.with_distance(plain, grid, 1e-3, (0.0, 0.5, 1.0))
+    assert found == search.with_distance(plain, grid, 1e-3)
+    assert found.hyperparameters.distance_scale > 0
+
+
+@pytest.mark.parametrize("value", [(), 0.5, (2.0,), ("a",), (math.nan,), (-0.1,)])
+def test_bad_exponents(value):
+    with pytest.raises((TypeError, ValueError), match="`exponents`"):
+        Distance(exponents=value)
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "big"])
 @pytest.mark.parametrize("name", ["share", "ridge"])
 def test_bad_settings(name, value):
@@ -352,8 +423,9 @@ def test_shifted_data_count_a_little(model):
     y = labels(x)
     y[:30] = y[:30].roll(1)
     shifted = batches(far, labels(far).roll(7))
-    plain = fitted(model).calibrate(batches(x, y))
-    ella = fitted(model).calibrate(batches(x, y), shifted=shifted)
+    unnormalised = Distance(exponents=(0.0,))
+    plain = fitted(model, distance=unnormalised).calibrate(batches(x, y))
+    ella = fitted(model, distance=unnormalised).calibrate(batches(x, y), shifted=shifted)
     scale = plain.hyperparameters.distance_scale
     assert ella.hyperparameters.distance_scale == pytest.approx(scale)
     assert scale > 0

@@ -123,6 +123,18 @@ def test_labels_that_are_independent():
     assert_same(ella.predictive_module(DRAWS)(x), ella, x)
 
 
+@pytest.mark.parametrize("c", [5, 9])
+def test_normalised_logits(c):
+    """Below 16 outputs draws are by a Cholesky factor, of 9 and a rank of 6 in its dimensions."""
+    ella = fitted("perceptron", c, "diag", Distance(), 6)
+    numbers = {"norm_exponent": 0.5, "typical_norm": 2.0}
+    ella.hyperparameters = replace(ella.hyperparameters, **numbers)
+    x = inputs("perceptron", 30, 7)
+    assert_same(ella.predictive_module(DRAWS)(x), ella, x)
+    ella.hyperparameters = replace(ella.hyperparameters, temperature=0.0, distance_scale=0.0)
+    assert_same(ella.predictive_module(DRAWS)(x), ella, x)
+
+
 @pytest.mark.parametrize("distance_scale", [0.0, 0.3])
 def test_without_a_posterior(distance_scale):
     """T = 0: probabilities are those of the mean, scores those of the best posterior."""

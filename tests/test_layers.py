@@ -48,6 +48,7 @@ ORDER = (
     "distance",
     "hyperparameters",
     "hyperprior",
+    "validation",
     "calibrate",
     "predictions",
     "evaluated",
@@ -114,7 +115,15 @@ def test_imports_point_one_way(path):
         ("hyperparameters", {"links", "predictive", "likelihoods"}),
         (
             "calibrate",
-            {"links", "predictive", "likelihoods", "hyperparameters", "hyperprior", "processes"},
+            {
+                "links",
+                "predictive",
+                "likelihoods",
+                "hyperparameters",
+                "hyperprior",
+                "processes",
+                "validation",
+            },
         ),
     ],
 )

@@ -45,11 +45,14 @@ class Likelihood(ABC):
             τ, which divides the outputs, or "noise_variance", σ².
         spreads: Of the hyperprior; see `Spreads`.
         links: The links that have a meaning.
+        fewest_normalised: The fewest outputs whose norm says how sure the model is, apart from
+            their direction; None for a likelihood of which it does not.
     """
 
     scale: ClassVar[str] = "logit_temperature"
     spreads: ClassVar[Spreads] = Spreads()
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo,)
+    fewest_normalised: ClassVar[int | None] = None
 
     # Targets
 

@@ -49,6 +49,7 @@ class Categorical(Discrete):
     ignore_index: int | None = None
     label_smoothing: float = 0.0
     links: ClassVar[tuple[type[Link], ...]] = (MonteCarlo, LaplaceBridge)
+    fewest_normalised: ClassVar[int | None] = 3  # two centred logits have no direction left
 
     def __post_init__(self) -> None:
         settle(
