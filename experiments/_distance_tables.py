@@ -11,7 +11,10 @@ from _report import Row, pipes
 from _study import NETWORKS, SCALING, Study, grid
 
 P_NORM = "max_logit_p_norm"
-METHODS = (SCALING, f"{SCALING} + D", "ELLA", "ELLA + D", "ELLA + D, perturbed")
+METHODS = (
+    *(SCALING, f"{SCALING} + D", "ELLA"),
+    *("ELLA + D", "ELLA + D, perturbed", "ELLA + D, norms kept"),
+)
 
 
 def distance_table(study: Study) -> str:

@@ -403,6 +403,7 @@ def chosen(method: Evaluated) -> dict[str, float]:
         "temperature": found.temperature,
         "logit_temperature": found.logit_temperature,
         "distance_scale": found.distance_scale,
+        "norm_exponent": found.norm_exponent,
     }
 
 

@@ -83,6 +83,13 @@ def without_term(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
     return tune(Evaluated(plain, method.evaluation), rows, labels)
 
 
+def with_norms(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
+    """The search that leaves the norms of the logits as they are."""
+    plain = copy.copy(method.method)
+    plain.distance = Distance(exponents=(0.0,))
+    return tune(Evaluated(plain, method.evaluation), rows, labels)
+
+
 def without_posterior(method: Evaluated, rows: Tensor, labels: Tensor) -> Evaluated:
     """Of a method that was tuned: its term, no posterior, and the best τ beside it."""
     chosen, tuning = method.hyperparameters, method.tuning
@@ -111,6 +118,7 @@ def families(settings: Settings) -> list[Family]:
         "ELLA": without_term,
         "ELLA + D": with_term,
         "ELLA + D, perturbed": with_perturbed,
+        "ELLA + D, norms kept": with_norms,
     }
 
     def shown(data: Data) -> list[Images]:
