@@ -2,7 +2,6 @@
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +24,10 @@ UNROLLED = 16
 """Up to so many outputs a Cholesky factorisation is written out: ONNX has none."""
 
 
-class Prediction(NamedTuple):
-    """What a `PredictiveModule` returns.
+Prediction = tuple[Tensor, Tensor, Tensor]
+"""Probabilities (n, c), mutual information (n,), mean marginal variance of the logits (n,).
 
-    Attributes:
-        probabilities: Shape (n, c).
-        mutual_information: In nats, shape (n,).
-        logit_variance: Mean marginal variance of the logits, shape (n,).
-    """
-
-    probabilities: Tensor
-    mutual_information: Tensor
-    logit_variance: Tensor
+A plain tuple: `torch.export.save` refuses outputs of a class of ours."""
 
 
 class PredictiveModule(nn.Module):
@@ -106,7 +97,7 @@ class PredictiveModule(nn.Module):
             probabilities = self.chosen.responses(mean, deviations).mean(0).T
         entropy = self.likelihood.entropy
         information = entropy(known) - entropy(each, 1).mean(0)
-        return Prediction(probabilities.contiguous(), information.clamp_min(0), variance.mean(-1))
+        return probabilities.contiguous(), information.clamp_min(0), variance.mean(-1)
 
 
 class _Reading(nn.Module):
@@ -183,8 +174,11 @@ class _Distance(nn.Module):
         super().__init__()
         self.count = len(distance.roots)
         for i, (mean, root) in enumerate(distance.roots):
-            self.register_buffer(f"mean_{i}", mean.to(dtype))
-            self.register_buffer(f"root_{i}", root.to(dtype))
+            # A file holds whole tensors: no views, which drag the rest of theirs along.
+            self.register_buffer(f"mean_{i}", mean.to(dtype).clone())
+            self.register_buffer(
+                f"root_{i}", root.to(dtype).clone(memory_format=torch.contiguous_format)
+            )
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         """Shape (n,)."""

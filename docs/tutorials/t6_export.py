@@ -49,21 +49,10 @@ print(probabilities.argmax(1), mutual_information.shape, logit_variance.shape)
 # %%
 # A file for a server
 # -------------------
-# Any number of examples, in a file that ``torch.export.load`` opens without this package. For that
-# the outputs have to be a plain tuple: the named one that ``module`` returns is a class of ours.
-
-
-class Served(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return tuple(self.module(x))
-
+# Any number of examples, in a file that ``torch.export.load`` opens without this package.
 
 batch = torch.export.Dim("batch", min=2, max=4096)
-program = torch.export.export(Served(module), (x[:8],), dynamic_shapes=({0: batch},))
+program = torch.export.export(module, (x[:8],), dynamic_shapes=({0: batch},))
 path = Path(tempfile.mkdtemp()) / "digits.pt2"
 torch.export.save(program, path)
 served = torch.export.load(path).module()
@@ -73,7 +62,7 @@ with torch.no_grad():
 print(f"largest difference: {(ours - theirs).abs().max():.1e}")
 
 # %%
-# ONNX goes the same way: ``torch.onnx.export(Served(module), (x[:8],), "digits.onnx",
+# ONNX goes the same way: ``torch.onnx.export(module, (x[:8],), "digits.onnx",
 # dynamo=True, dynamic_shapes=({0: batch},))``, with the extra ``onnx``.
 #
 # Beside a network as small as this one 64 draws cost far more than the forward pass; beside a
