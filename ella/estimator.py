@@ -189,7 +189,7 @@ class ELLA(Stored):
         fit = self._fitted()
         seen = self._seen.copy()
         sums = fit.all_sums + self._sums(fit.features, loader, seen)
-        self._fit, self._seen = fit.with_sums(sums), seen
+        self._set(_fit=fit.with_sums(sums), _seen=seen)
         return self
 
     def forget(self, loader: Loader) -> "Self":
@@ -209,7 +209,7 @@ class ELLA(Stored):
         gone = Seen()
         removed = self._sums(fit.features, loader, gone)
         seen.remove(gone)
-        self._fit, self._seen = fit.with_sums(fit.all_sums - removed), seen
+        self._set(_fit=fit.with_sums(fit.all_sums - removed), _seen=seen)
         return self
 
     def decay(self, factor: float) -> "Self":
@@ -228,8 +228,7 @@ class ELLA(Stored):
         """
         factor = real(0, 1, without_least=True)("factor", factor)
         fit = self._fitted()
-        self._fit = fit.with_sums(fit.all_sums.scaled(factor))
-        self._seen = Seen.of_unknown()
+        self._set(_fit=fit.with_sums(fit.all_sums.scaled(factor)), _seen=Seen.of_unknown())
         return self
 
     def predictive_module(self, n_samples: int | None = None) -> PredictiveModule:

@@ -161,13 +161,14 @@ class Predictor(Predictive):
         hint_about_shards(batches)
 
     def _set_fitted(self, hyperparameters: Hyperparameters, **others: object) -> None:
-        """The last step of `fit`: from here on the model must stay as it is.
-
-        All at once, so that an interrupt leaves the old state or the new one.
-        """
+        """The last step of `fit`: from here on the model must stay as it is."""
         to = (self.network.fingerprint(), self.network.device)
         found = {"hyperparameters": hyperparameters, "tuning": None, "link": None}
-        vars(self).update(found, _fitted_to=to, **others)
+        self._set(**found, _fitted_to=to, **others)
+
+    def _set(self, **attributes: object) -> None:
+        """All at once, so that an interrupt leaves the old state or the new one."""
+        vars(self).update(attributes)
 
     def _require_fitted(self) -> Hyperparameters:
         """The hyperparameters in use, if they still belong to the model.

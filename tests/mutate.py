@@ -113,7 +113,7 @@ def run_tests(folder, arguments):
     found = importlib.import_module("ella").__file__
     if Path(found).parent != Path(folder, "ella"):
         raise RuntimeError(f"the tests would see {found}")
-    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-W", PRELOADED]
+    quiet = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", PRELOADED]
     return int(pytest.main([*quiet, *arguments]))
 
 

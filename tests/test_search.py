@@ -305,6 +305,23 @@ def test_a_buffer_that_changed_refuses_the_file(tmp_path):
 # Sums
 
 
+@pytest.mark.parametrize(
+    ("name", "lowest"),
+    [
+        *((name, 1e-300) for name in ("prior_precision", "logit_temperature")),
+        *((name, 1e-300) for name in ("noise_variance", "typical_norm")),
+        *((name, 0.0) for name in ("temperature", "distance_scale", "norm_exponent")),
+    ],
+)
+def test_hyperparameters_out_of_their_range_are_refused(name, lowest):
+    plain = {"prior_precision": 1.0}
+    assert getattr(Hyperparameters(**{**plain, name: lowest}), name) == lowest
+    bad = [-1.0, math.nan, math.inf, "1", *([0.0] if lowest else [])]
+    for value in bad:
+        with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
+            Hyperparameters(**{**plain, name: value})
+
+
 def test_the_distance_term_is_the_fourth_power_beside_the_posterior():
     """N(f, φ(G + δI)⁻¹φᵀ + R/δ + s·D⁴), s untouched by T and δ."""
     g = torch.Generator().manual_seed(0)
