@@ -1,4 +1,4 @@
-"""What the documentation says of names, links and calls; `.ci/release` builds the site itself."""
+"""What the documentation says of names, links and calls; `.ci/run` builds the site itself."""
 
 import ast
 import importlib

@@ -129,6 +129,22 @@ def test_tempering_is_building_anew(outside, temperature, scale):
     torch.testing.assert_close(draws, expected.draws(100))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_norms_are_those_of_all_logits(noise):
+    """The last group of five others in threes has a place that is empty."""
+    gaussian = make_gaussian(noise=noise, outside=True)
+    full = gaussian.normalised(0.5, 2.0)
+    for groups in (2, 100):
+        lumped = Lumped.of(gaussian, 7, groups)
+        torch.testing.assert_close(lumped.norm(), gaussian.norm())
+        found, expected = parts(lumped.normalised(0.5, 2.0)), parts(Lumped.of(full, 7, groups))
+        exact = found if groups == 100 else ("logits", "noise", "outside", "classes", "others")
+        for name in exact:
+            if expected[name] is not None:
+                torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(found["factor"][:, :7], expected["factor"][:, :7])
+
+
 def test_conditioning_and_widening_are_building_anew():
     gaussian, whitening = make_gaussian(outside=True), normal(K, K, seed=9)
     found = Lumped.of(gaussian, 5, 3).widened(0.4)
