@@ -151,6 +151,31 @@ def test_each_alone_where_examples_cannot_share_a_pass():
     assert KroneckerSketch(Linearized(images), normal(4, 3, 8, 8).double(), 0).together
 
 
+class RelativePositions(nn.Module):
+    """Looks up a row for each pair of positions, whatever the batch; they say little."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.hidden, self.head, self.share = nn.Linear(6, 20), nn.Linear(20, 3), share
+        self.table = nn.Embedding(11, 4)
+
+    def forward(self, x):
+        apart = torch.arange(6) - torch.arange(6).unsqueeze(1)
+        bias = self.table(apart + 5).mean((0, 1))
+        return self.head(self.hidden(x).tanh()) * (1 + self.share * x[:, :1] * bias.sum())
+
+
+def test_a_small_part_that_no_batch_divides_is_noticed():
+    """36 pairs are of 3 examples, 12 each, as far as shapes tell; of 10 they are not."""
+    for share in (1.0, 1e-3):
+        torch.manual_seed(0)
+        model, x = RelativePositions(share), normal(10, 6)
+        sketch, rows = KroneckerSketch(Linearized(model), x, 0), exact(model, x)
+        assert not sketch.together
+        norms = rows.square().sum(-1)
+        torch.testing.assert_close(sketch.rows(x)[1], norms, rtol=1e-3, atol=0)
+
+
 def test_what_cannot_be_traced_is_exact():
     """A layer that does something else with its weight is noticed, and left to autograd."""
     torch.manual_seed(0)
