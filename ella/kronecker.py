@@ -266,8 +266,10 @@ class _Pass:
         squares: dict[str, Tensor | None] = {}
         for use in self.tracing.uses:
             self._add(use, found, layers, squares)
+        nothing = self.like.new_zeros(n, 0)  # of a model without biases and norms
         empty = {name: self.like.new_zeros(n, self.sizes[name]) for name in self.order}
-        exact = torch.cat([found.get(name, empty[name]) for name in self.order], dim=1)
+        parts = (found.get(name, empty[name]) for name in self.order)
+        exact = torch.cat([nothing, *parts], dim=1)
         return layers, exact, {name: s for name, s in squares.items() if s is not None}
 
     def _add(

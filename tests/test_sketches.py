@@ -70,8 +70,25 @@ def perceptron():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 
 
+class Multiplied(nn.Module):
+    """Inputs times matrices, in each way that there is for it, at several positions and at one."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"one": (6, 30), "two": (30, 40), "three": (40, 20), "four": (20, 5)}
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(torch.randn(size) / size[0] ** 0.5))
+        self.bias = nn.Parameter(torch.randn(30))
+
+    def forward(self, x):
+        hidden = torch.addmm(self.bias, x.flatten(0, 1), self.one).tanh()
+        hidden = torch.mm(hidden, self.two).tanh().view(*x.shape[:2], -1)
+        return (hidden @ self.three).tanh().mean(1).matmul(self.four)
+
+
 CASES = {
     "perceptron": (perceptron, lambda: normal(4, 6)),
+    "matrices": (Multiplied, lambda: normal(4, 3, 6)),
     "convolutions": (Residual, lambda: normal(4, 3, 8, 8)),
     "one axis": (
         lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)),
@@ -165,6 +182,23 @@ class RelativePositions(nn.Module):
         return self.head(self.hidden(x).tanh()) * (1 + self.share * x[:, :1] * bias.sum())
 
 
+def test_products_with_matrices_are_traced():
+    torch.manual_seed(0)
+    model, x = Multiplied().double(), normal(4, 3, 6).double()
+    assert (
+        KroneckerSketch(Linearized(model), x, 0)._traced == dict(model.named_parameters()).keys()
+    )
+
+
+def test_models_without_biases():
+    """Nothing is left that is not sketched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20, bias=False), nn.Tanh(), nn.Linear(20, 3, bias=False))
+    sketch, x = KroneckerSketch(Linearized(model), normal(4, 6), 0), normal(4, 6)
+    rows = exact(model, x)
+    torch.testing.assert_close(sketch.rows(x)[1], rows.square().sum(-1), rtol=1e-4, atol=0)
+
+
 def test_a_small_part_that_no_batch_divides_is_noticed():
     """36 pairs are of 3 examples, 12 each, as far as shapes tell; of 10 they are not."""
     for share in (1.0, 1e-3):
@@ -193,7 +227,7 @@ def test_models_without_layers_are_refused_or_sketched_whole():
             self.weight = nn.Parameter(torch.randn(300, 300))
 
         def forward(self, x):
-            return (x @ self.weight)[:, :3]
+            return torch.einsum("ni,io->no", x, self.weight)[:, :3]
 
     linearized, x = Linearized(Bare()), normal(4, 300)
     assert isinstance(sketch_of(linearized, x, "auto", 0), CountSketch)
