@@ -9,7 +9,7 @@ from reference import dense_jacobian
 
 from ella import ELLA, LastLayer, NeuralEF, Nystrom, Training
 from ella.batches import as_batches
-from ella.eigenfunctions.residuals import FLOOR, DiagonalResidual
+from ella.eigenfunctions.residuals import DiagonalResidual
 from ella.eigenfunctions.sample import TOP_EIGENVALUE
 from ella.linearize import Linearized
 from ella.spectral import RBF, Moments, NystromBasis, rayleigh_ritz
@@ -95,7 +95,7 @@ def test_what_is_wholly_inside_leaves_a_floor():
     phi = torch.ones(20, 2, 1, dtype=torch.float64)
     reads, residual = regression(torch.ones(20, 2, dtype=torch.float64), phi)
     torch.testing.assert_close(
-        residual(reads), torch.full((20, 2), FLOOR, dtype=torch.float64), rtol=1e-3, atol=0
+        residual(reads), torch.full((20, 2), 1e-3, dtype=torch.float64), rtol=1e-3, atol=0
     )
 
 
@@ -141,3 +141,37 @@ def test_products_and_last_layers_complete_the_kernel(residual):
             torch.testing.assert_close(prior.variance(), KERNEL.diagonal(dim1=1, dim2=2))
         else:
             assert prior.residual is None
+
+
+def test_last_layers_are_the_kernel_of_their_weights_and_biases():
+    """Those of the last layer come last."""
+    ella = ELLA(MODEL, eigenfunctions=LastLayer("none"), progress=False).fit(loader_of(X, Y))
+    *_, weight, bias = MODEL.parameters()
+    jacobian = dense_jacobian(MODEL, X)[1][..., -weight.numel() - bias.numel() :]
+    phi = ella.features(X).factor
+    torch.testing.assert_close(phi @ phi.mT, jacobian @ jacobian.mT)
+
+
+def test_products_of_all_outputs_are_the_kernel_on_their_inputs():
+    x, y = X[:3], Y[:3]
+    rows = dense_jacobian(MODEL, x)[1]
+    method = Nystrom(rows.shape[:2].numel(), 3, outputs="all", residual="none")
+    ella = ELLA(MODEL, eigenfunctions=method, progress=False).fit(loader_of(x, y))
+    phi = ella.features(x).factor.flatten(0, 1)
+    torch.testing.assert_close(phi @ phi.mT, rows.flatten(0, 1) @ rows.flatten(0, 1).mT)
+
+
+def test_seeds_decide_of_samples_and_of_learning():
+    method = NeuralEF(4, num_inputs=20, width=8, num_directions=12, teacher=Training(steps=3))
+    linearized = Linearized(MODEL)
+    batches = as_batches(loader_of(X, Y), linearized.network)
+    one, again, other = (
+        method.sample(linearized, batches, seed=seed, progress=False) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.kernel_features, again.kernel_features)
+    assert not torch.equal(one.kernel_features, other.kernel_features)
+    first, same, second = (
+        method.learn(one, seed=seed, progress=False)(X).factor for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same)
+    assert not torch.allclose(first @ first.mT, second @ second.mT)
