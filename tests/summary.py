@@ -19,8 +19,10 @@ START, END = "<!-- table -->", "<!-- end of table -->"
 
 def counted():
     """By family: how often it was right, our error, or bad."""
+    import torch
     from attacks import FAMILIES, World, verdict
 
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork that some attacks do
     found, here = {}, Path.cwd()
     warnings.simplefilter("ignore")
     for family, cases in FAMILIES.items():
