@@ -68,7 +68,10 @@ def quantile_curves(levels: Tensor, shares: Mapping[str, Tensor]) -> str:
 
 
 def risk_coverage_curves(
-    risks: Mapping[str, Tensor], risk: float | None, ylabel: str = "error rate among them"
+    risks: Mapping[str, Tensor],
+    risk: float | None,
+    ylabel: str = "error rate among them",
+    legend: str = "upper left",
 ) -> str:
     """Error rates of the 1, 2, ..., n surest examples of each method, as an image's address.
 
@@ -76,6 +79,7 @@ def risk_coverage_curves(
         risks: By method.
         risk: The one that is allowed, if one is chosen.
         ylabel: What the rates are.
+        legend: Where the legend is.
     """
     figure = new_figure(4.8, 3.4)
     panel = figure.subplots()
@@ -87,13 +91,13 @@ def risk_coverage_curves(
         line = DASHES[i % len(DASHES)]
         panel.plot(coverage[shown].numpy(), each[shown].numpy(), line, color=color, label=name)
         if risk is not None and (kept := kept_at(each, risk)):
-            panel.plot([kept], [risk], "o", color=color, markersize=5)
+            panel.plot([kept], [risk], "o", color=color, markersize=5, clip_on=False)
     if risk is not None:
         panel.axhline(risk, color="0.5", linewidth=1, linestyle=":")
     panel.set(xlim=(0, 1), ylim=(0, 1.1 * max(top, risk or 0.0)))
     panel.set_xlabel("coverage: share of examples that are answered")
     panel.set_ylabel(ylabel)
-    panel.legend(fontsize=8, frameon=False, loc="upper left")
+    panel.legend(fontsize=8, frameon=False, loc=legend)
     _plain(panel)
     return svg(figure)
 

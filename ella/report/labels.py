@@ -226,4 +226,4 @@ def _worst(examples: LabelExamples, report: "Report") -> Section:
         f"are so by chance, too, and errors of rare ones are noise: look at the intervals."
     )
     table = Table("Worst-calibrated labels", heads, tuple(rows))
-    return Section("Worst-calibrated labels", note, tuple(drawings), table)
+    return Section("Worst-calibrated labels", note, tuple(drawings), table, layout="grid")

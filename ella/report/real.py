@@ -37,7 +37,7 @@ LEVELS = (0.5, 0.95)
 """Of the intervals whose coverage is told."""
 SHARES = (0.5, 0.8, 0.9, 1.0)
 """Of the examples that are kept, surest first."""
-NAMED = 3
+NAMED = 2
 """Targets that a caption has."""
 HIGHEST = 0.99
 """Share of the deviations that histograms show; the rest is in the last bin."""
@@ -90,8 +90,8 @@ class RealExamples(Examples):
     strangers: ClassVar[str] = "inputs from elsewhere"
     remark: ClassVar[str] = (
         "NLL is in nats, RMSE and widths are in units of the targets, AURC in their squares: the "
-        "squared error among the surest, averaged over all shares of examples. Coverage and "
-        "quantiles are told as distances from what they should be. Narrow intervals are better "
+        "squared error among the surest, averaged over all shares of examples. Errors of coverage "
+        "and quantiles are distances from what they should be. Narrow intervals are better "
         "only where their coverage is right."
     )
 
@@ -176,13 +176,13 @@ class RealExamples(Examples):
             Metric("rmse", "RMSE", lower=True, digits=digits): statistics.root_mean_of(squares),
         }
         for level in reversed(LEVELS):
-            title = f"{100 * level:g} % coverage, off by"
+            title = f"error of {100 * level:g} % coverage"
             metric = Metric(f"off_{100 * level:g}", title, lower=True)
             found[metric] = statistics.distance_from(self.covered(level).double().mean(1), level)
         width = 2 * NormalDist().inv_cdf((1 + LEVELS[-1]) / 2) * self.variances.sqrt().mean(1)
         title = f"width of {100 * LEVELS[-1]:g} % intervals"
         found[Metric("width", title, lower=None, digits=digits)] = statistics.mean_of(width)
-        found[Metric("quantiles", "quantiles, off by", lower=True)] = statistics.quantile_error(
+        found[Metric("quantiles", "error of quantiles", lower=True)] = statistics.quantile_error(
             self.quantiles
         )
         found[Metric("aurc", "AURC", lower=True, digits=digits_of(squares.mean().item()) + 1)] = (
@@ -196,7 +196,7 @@ class RealExamples(Examples):
     def shifted(self, name: str) -> dict[Metric, Statistic]:
         """NLL and coverage of 95 % intervals."""
         level = LEVELS[-1]
-        title = f"{100 * level:g} % coverage, off by, {name}"
+        title = f"error of {100 * level:g} % coverage, {name}"
         inside = self.covered(level).double().mean(1)
         return {
             Metric(f"nll {name}", f"NLL, {name}", lower=True): statistics.mean_of(self.nll),
@@ -231,10 +231,9 @@ class RealExamples(Examples):
     def sections(self, report: "Report") -> list[Section]:
         """Quantiles, what is left when the uncertain go, deviations, the targets."""
         scores = [self.scores, *report.outside.values()]
-        top = max(each.quantile(HIGHEST, dim=0).max().item() for each in scores)
-        low = min(each.min().item() for each in scores)
-        edges = shared_edges([torch.tensor([low, top])], 30)
-        deviations = histograms(report, f"{report.score_name}", edges)
+        top = torch.stack([each.quantile(HIGHEST, dim=0).max() for each in scores])
+        low = torch.stack([each.min() for each in scores])
+        deviations = histograms(report, report.score_name, shared_edges([low, top], 30))
         return [_quantiles(self, report), _retention(self, report), deviations, _targets(report)]
 
     def caption(self, report: "Report") -> tuple[str, str]:
@@ -309,7 +308,7 @@ def _retention(examples: RealExamples, report: "Report") -> Section:
         f"falls if the method knows where it errs. Inputs of the same {report.score_name} are set "
         f"aside in random order: a method with one {report.score_name} for all has a flat line."
     )
-    source = figures.risk_coverage_curves(curves, risk, "RMSE among them")
+    source = figures.risk_coverage_curves(curves, risk, "RMSE among them", "lower right")
     table = Table("RMSE among the surest", tuple(heads), tuple(rows))
     heading = "How much error is left without the most uncertain?"
     return Section(heading, note, (Drawing(source, alt),), table, layout="")

@@ -77,7 +77,8 @@ class Section:
         note: How to read it.
         drawings: Images.
         table: Below them.
-        layout: "small" for drawings side by side, "inputs" for small pictures, "" for one.
+        layout: "small" for drawings side by side, "grid" for many of them, "inputs" for small
+            pictures, "" for one.
     """
 
     heading: str
