@@ -485,7 +485,7 @@ def test_a_likelihood_without_a_report_is_named():
     x, y = inputs(50, 0), torch.arange(50).double() % 3
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
     counts = MAP(model, likelihood=Poisson(), **QUIET).fit(loader((x, y[:, None])))
-    with pytest.raises(ValueError, match=r"`methods`\['a'\] has the likelihood .*Poisson"):
+    with pytest.raises(ValueError, match=r"`methods`\['a'\]: .*got the likelihood .*Poisson"):
         evaluate({"a": counts, "b": counts}, loader((x, y[:, None])), **QUICK)
 
 

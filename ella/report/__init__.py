@@ -10,6 +10,7 @@ from ella.report.evaluation import evaluate
 from ella.report.examples import Examples, Gap
 from ella.report.figures import uncertainty_histograms
 from ella.report.hardest import Picture
+from ella.report.kinds import kind_of
 from ella.report.labels import LabelExamples, LabelGap
 from ella.report.metric import Metric
 from ella.report.real import RealExamples, TargetGap
@@ -35,6 +36,7 @@ __all__ = [
     "Verdict",
     "evaluate",
     "forward_ratio",
+    "kind_of",
     "standard_methods",
     "timed",
     "uncertainty_histograms",

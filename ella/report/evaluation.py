@@ -15,7 +15,7 @@ from ella.report.bootstrap import Bootstrap, Sampled
 from ella.report.cost import forward_ratio
 from ella.report.examples import Examples, Methods, gathered, outside
 from ella.report.hardest import Hardest, Picture
-from ella.report.kinds import kind_of
+from ella.report.kinds import kind_of_all
 from ella.report.metric import Metric, Pair
 from ella.report.result import Report, Row, Verdict
 
@@ -63,7 +63,7 @@ def evaluate(
             targets or for one that has no report.
     """
     check_methods(methods)
-    kind = kind_of(methods)
+    kind = kind_of_all(methods)
     score, risk = kind.checked_score(score), kind.checked_risk(risk)
     pair = Pair.of(list(methods), method, against, kind.opponents)
     data = test_loader, ood or {}, shift or {}

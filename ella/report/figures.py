@@ -4,7 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def risk_coverage_curves(
     risks: Mapping[str, Tensor],
     risk: float | None,
     ylabel: str = "error rate among them",
-    legend: str = "upper left",
+    legend: Literal["upper left", "lower right"] = "upper left",
 ) -> str:
     """Error rates of the 1, 2, ..., n surest examples of each method, as an image's address.
 

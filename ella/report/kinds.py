@@ -1,32 +1,51 @@
 """Which kind of target methods are for."""
 
-from ella.likelihoods import Discrete, Normal
+from ella.likelihoods import Bernoulli, Discrete, Likelihood, Normal
 from ella.report.classes import ClassExamples
 from ella.report.examples import Examples, Methods
-from ella.report.labels import LabelExamples, is_for
+from ella.report.labels import LabelExamples
 from ella.report.real import RealExamples
 
 
-def kind_of(methods: Methods) -> type[Examples]:
+def kind_of(likelihood: Likelihood) -> type[Examples]:
+    """The kind of target that a likelihood is for.
+
+    Args:
+        likelihood: Whether a `Bernoulli` is of one logit, and so of two classes, is seen when a
+            method predicts; see `Examples.of_batch`.
+
+    Raises:
+        ValueError: If it has no report.
+    """
+    if isinstance(likelihood, Normal):
+        return RealExamples
+    if isinstance(likelihood, Bernoulli):
+        return LabelExamples
+    if isinstance(likelihood, Discrete):
+        return ClassExamples
+    raise ValueError(
+        f"The report is for classes, labels and real targets (Categorical, Bernoulli, Normal); "
+        f"got the likelihood {likelihood!r}."
+    )
+
+
+def kind_of_all(methods: Methods) -> type[Examples]:
     """The kind of target that all methods are for.
 
     Args:
-        methods: See `Methods`. Whether a `Bernoulli` is of one logit, and so of two classes, is
-            seen when it predicts; see `LabelExamples.of_batch`.
+        methods: See `Methods`. One logit and two classes go together.
 
     Raises:
         ValueError: If they are for different kinds, or for one that has no report.
     """
+    kinds: dict[str, type[Examples]] = {}
     for name, method in methods.items():
-        if not isinstance(method.likelihood, (Discrete, Normal)):
-            raise ValueError(
-                f"The report is for classes, labels and real targets (Categorical, Bernoulli, "
-                f"Normal); `methods`[{name!r}] has the likelihood {method.likelihood!r}."
-            )
-    real = {name: isinstance(each.likelihood, Normal) for name, each in methods.items()}
-    if len(set(real.values())) > 1:
-        of_real = ", ".join(repr(name) for name in real if real[name])
+        try:
+            kinds[name] = kind_of(method.likelihood)
+        except ValueError as error:
+            raise ValueError(f"`methods`[{name!r}]: {error}") from None
+    found = set(kinds.values())
+    if len(found) > 1 and RealExamples in found:
+        of_real = ", ".join(repr(name) for name, kind in kinds.items() if kind is RealExamples)
         raise ValueError(f"`methods` mixes kinds of targets: {of_real} are for real ones alone.")
-    if all(real.values()):
-        return RealExamples
-    return LabelExamples if is_for(methods) else ClassExamples
+    return found.pop() if len(found) == 1 else ClassExamples

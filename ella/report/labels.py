@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ella.inputs import Inputs
-from ella.likelihoods import Bernoulli
 from ella.report import figures, statistics
 from ella.report.bootstrap import Bootstrap, Interval, Statistic
 from ella.report.classes import ClassExamples, DiscreteExamples, selective
@@ -168,11 +167,6 @@ class LabelExamples(DiscreteExamples):
         pairs = self.labels.flatten()[:, None].expand(-1, self.probs.shape[2])
         error = statistics.calibration_error(self.probs.flatten(0, 1), pairs)
         return lambda counts: error(counts.repeat_interleave(self.outputs()))
-
-
-def is_for(methods: Methods) -> bool:
-    """Whether all methods are of labels, or of the one logit that is two classes."""
-    return all(isinstance(method.likelihood, Bernoulli) for method in methods.values())
 
 
 YES_OR_NO = ("probability", "share of ones")
