@@ -93,8 +93,9 @@ figure.tight_layout()
 # %%
 # Is it worth it?
 # ---------------
-# The fair opponent is the model with its noise variance tuned on the same validation data. The NLL
-# is that of test data like the training data; inputs from the gap are what a deviation should tell.
+# The fair opponent is the model with its noise variance tuned on the same validation data. The
+# NLL is that of test data like the training data; inputs from the gap are what a deviation should
+# tell.
 
 tuned = TemperatureScaling(model, likelihood="regression", progress=False)
 tuned.fit(train_loader).calibrate(val_loader)
