@@ -245,7 +245,7 @@ class Predictive(ABC):
             wide = epistemic.gaussian(evaluation.gaussian, self.likelihood)
             used = wide
             if epistemic is not chosen:  # T = 0: the mean alone
-                plain = replace(chosen, prior_precision=epistemic.prior_precision)
+                plain = replace(epistemic, logit_temperature=chosen.logit_temperature)
                 mean = plain.gaussian(evaluation.gaussian, self.likelihood).mean
                 used = LogitGaussian(mean, mean.new_zeros(*mean.shape, 0), None, wide.outside)
             found = self.likelihood.uncertainty(used, wide, found_link, scale)

@@ -2,11 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ella.uses import Elementwise, Grouped, Lookup, Product, Projection, Use, by_channels, by_last
+from ella.uses import (
+    Elementwise,
+    Grouped,
+    Product,
+    Projection,
+    Transposed,
+    Use,
+    by_channels,
+    by_last,
+)
 
 Size = int | tuple[int, ...]
 """One number for all axes, or one for each."""
@@ -74,6 +84,28 @@ class Tracing(TorchFunctionMode):
         read = projection.right @ a
         return Product(name, projection.left, read, gram, self.name(bias), lambda g: by_last(g, n))
 
+    def product(self, x: Tensor, weight: Tensor) -> Use | None:
+        """`torch.matmul` of inputs and a matrix."""
+        return self._times(x, weight, None)
+
+    def product_and_sum(
+        self, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
+    ) -> Use | None:
+        """`torch.addmm`, as in the layers of GPT-2."""
+        if (beta, alpha) != (1, 1) or bias.ndim != 1:
+            return None
+        return self._times(x, weight, bias)
+
+    def _times(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Use | None:
+        name, n = self.name(weight), self.n
+        if name is None or weight.ndim != 2 or x.ndim < 2:
+            return None
+        projection = self.projections[name]
+        a = by_last(x.detach(), n).to(self.like)
+        gram = a.mT @ a if a.shape[-1] <= GRAM_POSITIONS else None
+        read, left = projection.left @ a, projection.right
+        return Transposed(name, left, read, gram, self.name(bias), lambda g: by_last(g, n))
+
     def convolution(
         self,
         x: Tensor,
@@ -122,7 +154,7 @@ class Tracing(TorchFunctionMode):
         if padding_idx is not None:
             seen = seen * (ids != padding_idx % len(weight)).unsqueeze(-1)
         flat = seen.reshape(n, -1, seen.shape[-1]).mT
-        return Lookup(name, projection.right, flat, None, None, lambda g: by_last(g, n))
+        return Transposed(name, projection.right, flat, None, None, lambda g: by_last(g, n))
 
     def batch_norm(
         self,
@@ -198,6 +230,11 @@ def _each(value: Size, axes: int) -> list[int]:
 
 _NOTES: dict[object, Callable[..., Use | None]] = {
     F.linear: Tracing.linear,
+    torch.addmm: Tracing.product_and_sum,
+    torch.matmul: Tracing.product,
+    torch.mm: Tracing.product,
+    torch.Tensor.matmul: Tracing.product,
+    torch.Tensor.mm: Tracing.product,
     F.conv1d: Tracing.convolution,
     F.conv2d: Tracing.convolution,
     F.conv3d: Tracing.convolution,

@@ -221,13 +221,17 @@ class Grouped(Use):
         return found
 
 
-class Lookup(Product):
-    """An embedding: rows of the weight belong to what comes in, columns to what goes out."""
+class Transposed(Product):
+    """Rows of the weight belong to what comes in, columns to what goes out.
+
+    An embedding, where what comes in is one-hot, or inputs times a matrix.
+    """
 
     def sketched(self, gradient: Tensor) -> tuple[str, Tensor, Tensor | None]:
         """See `Use.sketched`."""
-        g = self.channels(gradient).to(self.left.dtype)
-        return self.name, (self.read @ (self.left @ g).mT).flatten(1), None
+        name, sketch, square = super().sketched(gradient)
+        shape = (len(sketch), len(self.left), self.read.shape[1])
+        return name, sketch.view(shape).mT.flatten(1), square
 
 
 def by_channels(values: Tensor, n: int) -> Tensor:

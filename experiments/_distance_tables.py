@@ -98,6 +98,7 @@ def rivals_table(study: Study) -> str:
             *(study.mean("ood", "auroc", arch=a, **where) for a in names),
             *(study.mean("ood", "auroc", source=each, **where) for each in sources),
         ]
+    lines = {name: line for name, line in lines.items() if any(v is not None for v in line)}
     columns = [f"AURC · 10³, {NETWORKS[a]}" for a in names]
     columns += [f"AUROC, {NETWORKS[a]}" for a in names] + sources
     forms = ["{:.2f}"] * len(names) + ["{:.4f}"] * len(names) + ["{:.3f}"] * len(sources)
@@ -196,7 +197,7 @@ def goals_table(study: Study) -> str:
 
 
 def _ours(study: Study) -> list[tuple[str, str]]:
-    pairs = [(method, arch) for arch in study.networks() for method in METHODS[3:]]
+    pairs = [(method, arch) for arch in study.networks() for method in METHODS[3:5]]
     return [(m, a) for m, a in pairs if study.mean("calibration", "nll", method=m, arch=a)]
 
 

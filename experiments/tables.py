@@ -119,7 +119,7 @@ def table(name: str) -> str:
     if "/" in name:
         folder, key = name.split("/")
         study = Study(EXPERIMENTS / "results" / folder)
-        if folder in ("distance", "rivals"):
+        if folder == "distance":
             return f"{DISTANCE_TABLES[key](study)}\n\n{study.machine()}\n"
         return f"{STUDY[key](study)}\n\n{study.line()}\n"
     results = load_results(EXPERIMENTS / "results" / f"{name}.json")

@@ -185,7 +185,7 @@ NO_BATCH = {"[3]": "Batch 0: The loader must yield x"}
 
 
 def module(name, value, world):
-    return world.ella("neural").predictive_module(**{name: value})(world.test).probabilities
+    return world.ella("neural").predictive_module(**{name: value})(world.test)[0]
 
 
 ARGUMENTS = {

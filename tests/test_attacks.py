@@ -94,6 +94,8 @@ MOMENTS = 34
 """Of each call: 204 in all."""
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left to gc
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("method", ["nystrom", "neural"])
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupted_call_changes_nothing_or_all(name, method, tmp_path):

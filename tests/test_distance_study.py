@@ -264,7 +264,7 @@ def test_rivals_and_our_scores_stand_in_one_table(tables):
     found = cells(tables["rivals"])
     assert found["kNN"]["AURC · 10³, ResNet-20"] == "20.00"
     assert found["kNN"]["AUROC, ResNet-20"] == "0.7000"
-    assert found["ELLA + D, perturbed: entropy"]["cats"] == "**0.980**"
+    assert found["ELLA + D, norms kept: entropy"]["cats"] == "**1.000**"
     assert cells(tables["recalibrated"])["vector"]["NLL, shift"] == "**0.3000**"
 
 

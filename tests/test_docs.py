@@ -123,3 +123,11 @@ def test_tutorials_use_public_names_alone(path):
             assert node.module in MODULES
             public = set(importlib.import_module(node.module).__all__)
             assert {alias.name for alias in node.names} <= public
+
+
+def test_every_page_of_evidence_is_in_the_contents():
+    listed = set(re.findall(r"^evidence/(\S+)$", (DOCS / "index.md").read_text(), re.MULTILINE))
+    folder = ROOT / "experiments"
+    assert listed == {
+        str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.md")
+    }

@@ -273,3 +273,14 @@ def test_probabilities_are_the_softmax_of_the_draws(residual):
     draws = gaussian.sample(32, seed=1)
     assert draws.shape == (32, n, c)
     torch.testing.assert_close(gaussian.draws(32, seed=1).softmax(1).mT, draws.softmax(-1))
+
+
+def test_only_what_is_wider_than_the_outputs_is_compressed():
+    """A (c, c) factor where k is above c; c = 1000 never needs one."""
+    g = torch.Generator().manual_seed(0)
+    mean, wide, narrow = (torch.randn(3, 5, *s, generator=g) for s in ((), (9,), (2,)))
+    found = LogitGaussian(mean, wide, mean.square()).compressed()
+    assert found.factor.shape == (3, 5, 5)
+    assert found.residual is None
+    gaussian = LogitGaussian(mean, narrow, mean.square())
+    assert gaussian.compressed() is gaussian

@@ -70,8 +70,25 @@ def perceptron():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 
 
+class Multiplied(nn.Module):
+    """Inputs times matrices, in each way that there is for it, at several positions and at one."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"one": (6, 30), "two": (30, 40), "three": (40, 20), "four": (20, 5)}
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(torch.randn(size) / size[0] ** 0.5))
+        self.bias = nn.Parameter(torch.randn(30))
+
+    def forward(self, x):
+        hidden = torch.addmm(self.bias, x.flatten(0, 1), self.one).tanh()
+        hidden = torch.mm(hidden, self.two).tanh().view(*x.shape[:2], -1)
+        return (hidden @ self.three).tanh().mean(1).matmul(self.four)
+
+
 CASES = {
     "perceptron": (perceptron, lambda: normal(4, 6)),
+    "matrices": (Multiplied, lambda: normal(4, 3, 6)),
     "convolutions": (Residual, lambda: normal(4, 3, 8, 8)),
     "one axis": (
         lambda: nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)),
@@ -151,6 +168,48 @@ def test_each_alone_where_examples_cannot_share_a_pass():
     assert KroneckerSketch(Linearized(images), normal(4, 3, 8, 8).double(), 0).together
 
 
+class RelativePositions(nn.Module):
+    """Looks up a row for each pair of positions, whatever the batch; they say little."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.hidden, self.head, self.share = nn.Linear(6, 20), nn.Linear(20, 3), share
+        self.table = nn.Embedding(11, 4)
+
+    def forward(self, x):
+        apart = torch.arange(6) - torch.arange(6).unsqueeze(1)
+        bias = self.table(apart + 5).mean((0, 1))
+        return self.head(self.hidden(x).tanh()) * (1 + self.share * x[:, :1] * bias.sum())
+
+
+def test_products_with_matrices_are_traced():
+    torch.manual_seed(0)
+    model, x = Multiplied().double(), normal(4, 3, 6).double()
+    assert (
+        KroneckerSketch(Linearized(model), x, 0)._traced == dict(model.named_parameters()).keys()
+    )
+
+
+def test_models_without_biases():
+    """Nothing is left that is not sketched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20, bias=False), nn.Tanh(), nn.Linear(20, 3, bias=False))
+    sketch, x = KroneckerSketch(Linearized(model), normal(4, 6), 0), normal(4, 6)
+    rows = exact(model, x)
+    torch.testing.assert_close(sketch.rows(x)[1], rows.square().sum(-1), rtol=1e-4, atol=0)
+
+
+def test_a_small_part_that_no_batch_divides_is_noticed():
+    """36 pairs are of 3 examples, 12 each, as far as shapes tell; of 10 they are not."""
+    for share in (1.0, 1e-3):
+        torch.manual_seed(0)
+        model, x = RelativePositions(share), normal(10, 6)
+        sketch, rows = KroneckerSketch(Linearized(model), x, 0), exact(model, x)
+        assert not sketch.together
+        norms = rows.square().sum(-1)
+        torch.testing.assert_close(sketch.rows(x)[1], norms, rtol=1e-3, atol=0)
+
+
 def test_what_cannot_be_traced_is_exact():
     """A layer that does something else with its weight is noticed, and left to autograd."""
     torch.manual_seed(0)
@@ -168,7 +227,7 @@ def test_models_without_layers_are_refused_or_sketched_whole():
             self.weight = nn.Parameter(torch.randn(300, 300))
 
         def forward(self, x):
-            return (x @ self.weight)[:, :3]
+            return torch.einsum("ni,io->no", x, self.weight)[:, :3]
 
     linearized, x = Linearized(Bare()), normal(4, 300)
     assert isinstance(sketch_of(linearized, x, "auto", 0), CountSketch)
