@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from ella.batches import Loader, Split
 from ella.demo import Demonstration
 from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
-from ella.likelihoods import Likelihood
+from ella.likelihoods import Likelihood, as_likelihood
 from ella.outputs import Output
 from ella.predictions import NotFittedError
 from ella.predictor import ModelChangedError
-from ella.report import Bootstrap, Report, evaluate, standard_methods
+from ella.report import Bootstrap, Report, evaluate, kind_of, standard_methods
 from ella.saving import FORMAT, Json, State, custom_names, read
 
 __all__ = ["main"]
@@ -44,8 +45,8 @@ pip install "ella-laplace[demo]"."""
 
 REPORT = """\
 Fit the model as it is (MAP), temperature scaling and ELLA, and write a page that says whether ELLA
-is worth it on your data. FUNCTION, in a module that can be imported from here, is called without
-arguments and returns a mapping:
+is worth it on your data: classes, labels that are yes or no, or real numbers. FUNCTION, in a
+module that can be imported from here, is called without arguments and returns a mapping:
 
   def data():
       return {
@@ -53,13 +54,15 @@ arguments and returns a mapping:
           "train": train_loader,       # what it was trained on
           "val": val_loader,           # held out, to calibrate
           "test": test_loader,         # held out, to judge
-          "ood": {"noise": loader},    # optional: inputs of no class
+          "ood": {"noise": loader},    # optional: inputs of no class, or from elsewhere
           "shift": {"fog": loader},    # optional: labelled, other conditions
-          "classes": ["cat", "dog"],   # optional
+          "classes": ["cat", "dog"],   # optional: names of classes, labels or targets
+          "likelihood": "regression",  # optional: or "multilabel", "binary"
       }
 
-or the same as a tuple (model, train, val, test[, ood[, shift]]). It may also name "likelihood",
-"output", "split" and "eigenfunctions", which go to the constructors."""
+or the same as a tuple (model, train, val, test[, ood[, shift]]). It may also name "output",
+"split" and "eigenfunctions", which go to the constructors. For real numbers temperature scaling
+is the model with its noise variance tuned, and --risk is an RMSE."""
 
 INFO = """\
 Tell what a file of `ELLA.save` holds: settings, what was tuned, tensors. It needs no model, and
@@ -84,13 +87,13 @@ class Given:
     """What a user's function returns.
 
     Attributes:
-        model: The trained classifier.
+        model: The trained classifier or regressor.
         train: What it was trained on.
         val: Held out, to calibrate.
         test: Held out, to judge.
         ood: Inputs of no class: a loader, or several by name.
         shift: Labelled data under other conditions: a loader, or several by name.
-        classes: Their names.
+        classes: Names of the classes, labels or targets.
         eigenfunctions: See `ELLA`.
         likelihood: See `Predictor`.
         output: See `Predictor`.
@@ -138,12 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     add = partial(commands.add_parser, formatter_class=raw)
     demo = add("demo", help="see what it does", description=DEMO)
     _add_page(demo, "ella-demo.html")
+    demo.add_argument(
+        "--risk", type=_share, default=0.01, help="error rate for selective prediction (.01)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
     demo.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
     demo.set_defaults(command=_demo)
     report = add("report", help="judge your model", description=REPORT)
     report.add_argument("function", metavar="MODULE:FUNCTION", help="what returns model and data")
     _add_page(report, "ella-report.html")
+    report.add_argument(
+        "--risk",
+        type=_positive,
+        help="for selective prediction: error rate (.01), of labels the share that is wrong, of "
+        "real numbers an RMSE (none)",
+    )
     report.add_argument(
         "--distance", action="store_true", help="also judge ELLA with the distance term"
     )
@@ -162,9 +174,6 @@ def _add_page(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(name), help=f"the page (default {name})")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     parser.add_argument(
-        "--risk", type=_share, default=0.01, help="error rate for selective prediction (.01)"
-    )
-    parser.add_argument(
         "--samples", type=_count, default=1000, help="bootstrap samples (default 1000)"
     )
 
@@ -173,6 +182,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
 
 
@@ -216,6 +232,7 @@ def _report(args: argparse.Namespace) -> None:
     _check_place(args)
     given = _given(args.function)
     with _one_sentence(args):
+        kind_of(as_likelihood(given.likelihood)).checked_risk(args.risk)  # before the long part
         methods = standard_methods(
             given.model,
             given.train,

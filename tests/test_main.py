@@ -61,6 +61,25 @@ def wrong_labels():
     return {**named(), "val": [(torch.randn(5, 4), torch.full((5,), 7))]}
 
 
+def shifted_targets():
+    found = named()
+    del found["classes"], found["eigenfunctions"]
+    batches = {}
+    for name, n in (("train", 100), ("val", 300), ("test", 200)):
+        x = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
+        batches[name] = [(x, x @ torch.ones(4, 1) + x[:, :1].sin())]
+    model = torch.nn.Linear(4, 1)
+    return {**found, **batches, "model": model, "likelihood": "regression",
+            "eigenfunctions": LastLayer(), "classes": ["height"]}
+
+
+def tagged():
+    found = named()
+    for name in ("train", "val", "test"):
+        found[name] = [(x, torch.stack([y == 0, y != 1, y == 2], 1)) for x, y in found[name]]
+    return {**found, "likelihood": "multilabel"}
+
+
 def one_source():
     return {**named(), "ood": [torch.randn(50, 4)]}
 
@@ -122,6 +141,31 @@ def test_one_source_needs_no_name_and_distance_is_a_flag(module, tmp_path):
     text = (tmp_path / "ella-report.html").read_text()
     assert "AUROC, out of distribution" in text
     assert "ELLA with distance" in text
+
+
+@pytest.mark.filterwarnings("ignore:calibrate. 300 validation examples alone")
+@pytest.mark.parametrize(
+    ("function", "plural", "risk", "text"),
+    [
+        ("shifted_targets", "targets", "2.5", "coverage at RMSE 2.5"),
+        ("tagged", "labels", "0.2", "coverage at 20 % wrong labels"),
+    ],
+)
+def test_report_of_other_targets(module, tmp_path, capsys, function, plural, risk, text):
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    command = ["report", f"{module}:{function}", "--out", str(page), "--json", str(numbers)]
+    assert main([*command, "--samples", "10", "--risk", risk]) == 0
+    found = json.loads(numbers.read_text())
+    names = {"height"} if plural == "targets" else {"red", "green", "blue"}
+    assert {each["name"] for each in found[plural]} == names
+    assert found["verdict"]["sentence"] in capsys.readouterr().out
+    assert text in page.read_text()
+
+
+def test_a_bad_risk_is_found_before_the_work(module, capsys):
+    assert main(["report", f"{module}:named", "--risk", "7"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ella: `risk` must lie between 0 and 1")
 
 
 def test_a_tuple_is_taken_in_order(module):

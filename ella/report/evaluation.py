@@ -1,29 +1,23 @@
 """From fitted methods and data to a report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ella.arguments import one_of
 from ella.batches import Loader
 from ella.inputs import Inputs
-from ella.likelihoods import Discrete
 from ella.predictions import Predictive
 from ella.predictor import Predictor
 from ella.report import statistics
 from ella.report.bootstrap import Bootstrap, Sampled
 from ella.report.cost import forward_ratio
-from ella.report.examples import Examples, Methods, scores_of
+from ella.report.examples import Examples, Methods, gathered, outside
 from ella.report.hardest import Hardest, Picture
-from ella.report.result import FEWEST, ClassGap, Metric, Report, Row, Verdict
-from ella.scores import Uncertainty
-
-SCALING = "temperature scaling"
-"""What a method has to beat, if it is there: one number, and no cost."""
-SHOWN = 8
-"""Classes whose gaps are told."""
+from ella.report.kinds import kind_of_all
+from ella.report.metric import Metric, Pair
+from ella.report.result import Report, Row, Verdict
 
 
 def evaluate(
@@ -34,8 +28,8 @@ def evaluate(
     shift: Mapping[str, Loader] | None = None,
     method: str | None = None,
     against: str | None = None,
-    risk: float = 0.01,
-    score: str = "entropy",
+    risk: float | None = None,
+    score: str | None = None,
     classes: Sequence[str] | None = None,
     bootstrap: Bootstrap | None = None,
     progress: bool = True,
@@ -46,59 +40,36 @@ def evaluate(
     methods. It is about the data; another seed of training may differ by more.
 
     Args:
-        methods: Fitted and calibrated methods for classes, at least two, by name.
+        methods: Fitted and calibrated methods, at least two, by name, for one kind of targets:
+            classes, labels that are yes or no (`Bernoulli`), or real numbers (`Normal`).
         test_loader: Labelled data that no method was fitted, calibrated or chosen on.
-        ood: Inputs of no known class, by name; labels, if any, are left out.
+        ood: Inputs of no known class, or from elsewhere, by name; labels, if any, are left out.
         shift: Labelled data under other conditions, by name.
         method: Who is judged; None takes the last.
-        against: By whom; None takes "temperature scaling" if it is there, else the first.
-        risk: Error rate that selective prediction is to keep.
-        score: The field of `Uncertainty` that ranks examples, in and out of distribution.
-        classes: Their names; None numbers them.
+        against: By whom; None takes "temperature scaling" if it is there, for real targets
+            "MAP, noise tuned" or "MAP", else the first.
+        risk: What selective prediction is to keep: an error rate, of labels the share that is
+            wrong, of real targets an RMSE. None takes .01, of real targets none.
+        score: The field of `Uncertainty` that ranks examples, in and out of distribution, or
+            "standard_deviation" of real targets; None takes that, of others "entropy".
+        classes: Names of the classes, labels or targets; None numbers them.
         bootstrap: Number and seed of resamples, level of intervals; None takes 1,000 and 95 %.
         progress: Whether to show progress bars.
 
     Raises:
         NotFittedError: If a method is not fitted.
         TypeError: If a method is none, or a loader or the labels have the wrong form.
-        ValueError: If a name or a batch is bad, or a method is not for classes.
+        ValueError: If a name, a number or a batch is bad, or methods are for different kinds of
+            targets or for one that has no report.
     """
     check_methods(methods)
-    one_of(*(each.name for each in fields(Uncertainty)))("score", score)
-    if not 0 < risk < 1:
-        raise ValueError(f"`risk` must lie between 0 and 1, both excluded; got {risk!r}.")
-    pair = Pair.of(list(methods), method, against)
+    kind = kind_of_all(methods)
+    score, risk = kind.checked_score(score), kind.checked_risk(risk)
+    pair = Pair.of(list(methods), method, against, kind.opponents)
     data = test_loader, ood or {}, shift or {}
-    found = Findings.of(methods, *data, score, pair.judged, progress)
+    found = Findings.of(kind, methods, *data, score, pair.judged, progress)
     resampling = Bootstrap() if bootstrap is None else bootstrap
-    return _reported(found, pair, class_names(classes, found.test.num_classes), risk, resampling)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Who is judged and by whom.
-
-    Attributes:
-        names: Of all methods.
-        judged: Place of the one.
-        other: Place of the other.
-    """
-
-    names: list[str]
-    judged: int
-    other: int
-
-    @classmethod
-    def of(cls, names: list[str], method: str | None, against: str | None) -> "Pair":
-        """By names; see `evaluate`."""
-        judged = names[-1] if method is None else method
-        default = SCALING if SCALING in names and judged != SCALING else names[0]
-        other = default if against is None else against
-        one_of(*names)("method", judged)
-        one_of(*names)("against", other)
-        if judged == other:
-            raise ValueError(f"`method` and `against` are both {judged!r}: nothing to compare.")
-        return cls(names, names.index(judged), names.index(other))
+    return _reported(found, pair, class_names(classes, found.test.outputs()), risk, resampling)
 
 
 @dataclass(frozen=True)
@@ -124,6 +95,7 @@ class Findings:
     @classmethod
     def of(
         cls,
+        kind: type[Examples],
         methods: Methods,
         test_loader: Loader,
         ood: Mapping[str, Loader],
@@ -139,29 +111,29 @@ class Findings:
             hardest(x, part)
             first(x)
 
-        test = Examples.of(methods, test_loader, score, watch, progress)
+        test = gathered(kind, methods, test_loader, score, watch, progress)
         shifted = {
-            name: Examples.of(methods, loader, score, None, progress)
+            name: gathered(kind, methods, loader, score, None, progress)
             for name, loader in shift.items()
         }
-        outside = {name: scores_of(methods, each, score, progress) for name, each in ood.items()}
-        return cls(score, test, shifted, outside, tuple(hardest.pictures), first.costs(methods))
+        far = {name: outside(kind, methods, each, score, progress) for name, each in ood.items()}
+        costs = first.costs(methods, kind)
+        return cls(score, test, shifted, far, tuple(hardest.pictures), costs)
 
-    def measured(self, risk: float, bootstrap: Bootstrap) -> dict[Metric, Sampled]:
+    def measured(self, risk: float | None, bootstrap: Bootstrap) -> dict[Metric, Sampled]:
         """All metrics of all methods."""
-        found = dict(of_test(self.test, risk, bootstrap))
+        found = _sampled(self.test, self.test.measures(risk), bootstrap)
         for name, scores in self.outside.items():
             statistic = statistics.auroc(self.test.scores, scores)
             metric = Metric(f"auroc {name}", f"AUROC, {name}", lower=False, digits=3)
-            found[metric] = bootstrap.sampled(statistic, len(self.test.labels), len(scores))
+            found[metric] = bootstrap.sampled(statistic, len(self.test), len(scores))
         for name, examples in self.shifted.items():
-            for metric, values in of_shifted(name, examples, bootstrap).items():
-                found[metric] = values
+            found |= _sampled(examples, examples.shifted(name), bootstrap)
         return found
 
 
 def check_methods(methods: Methods) -> None:
-    """Check that there are two methods for classes, of one device.
+    """Check that there are two methods, fitted and of one device.
 
     Raises:
         TypeError: If they are not methods by name.
@@ -178,12 +150,6 @@ def check_methods(methods: Methods) -> None:
                 f"`methods` must hold methods of ella; {name!r} is a {type(method).__name__}. For "
                 f"a plain model use ella.baselines.MAP(model).fit(train_loader)."
             )
-        if not isinstance(method.likelihood, Discrete):
-            raise ValueError(
-                f"The report is for classes; {name!r} has the likelihood {method.likelihood!r}. "
-                f"For real targets use gaussian_negative_log_likelihood, "
-                f"root_mean_squared_error and interval_coverage of ella.metrics."
-            )
         method._require_fitted()
     if len(methods) < 2:
         raise ValueError(
@@ -196,7 +162,7 @@ def check_methods(methods: Methods) -> None:
 
 
 def class_names(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names of all classes; numbers if there are none.
+    """Names of all outputs; numbers if there are none.
 
     Raises:
         ValueError: If there are too few or too many.
@@ -210,62 +176,11 @@ def class_names(classes: Sequence[str] | None, num_classes: int) -> tuple[str, .
     return tuple(str(name) for name in classes)
 
 
-def of_test(examples: Examples, risk: float, bootstrap: Bootstrap) -> dict[Metric, Sampled]:
-    """What is measured on labelled data."""
-    correct = examples.correct
-    selective = examples.scores, ~correct
-    found = {
-        Metric("nll", "NLL", lower=True): statistics.mean_of(examples.nll),
-        Metric("accuracy", "accuracy", lower=False): statistics.mean_of(correct.double()),
-        Metric("brier", "Brier", lower=True): statistics.mean_of(examples.brier),
-        Metric("ece", "ECE", lower=True): statistics.calibration_error(
-            examples.confidence, correct
-        ),
-        Metric("aurc", "AURC", lower=True, digits=5): statistics.area_under_risk_coverage(
-            *selective
-        ),
-        Metric(
-            "coverage", f"coverage at {100 * risk:g} % error", lower=False, digits=3
-        ): statistics.coverage_at(*selective, risk),
-    }
-    size = len(examples.labels)
-    return {metric: bootstrap.sampled(statistic, size) for metric, statistic in found.items()}
-
-
-def of_shifted(name: str, examples: Examples, bootstrap: Bootstrap) -> dict[Metric, Sampled]:
-    """What is measured under a shift."""
-    found = {
-        Metric(f"nll {name}", f"NLL, {name}", lower=True): statistics.mean_of(examples.nll),
-        Metric(f"ece {name}", f"ECE, {name}", lower=True): statistics.calibration_error(
-            examples.confidence, examples.correct
-        ),
-    }
-    size = len(examples.labels)
-    return {metric: bootstrap.sampled(statistic, size) for metric, statistic in found.items()}
-
-
-def worst_classes(
-    examples: Examples, pair: Pair, names: Sequence[str], bootstrap: Bootstrap
-) -> tuple[ClassGap, ...]:
-    """The classes whose confidence is farthest from their accuracy, where the judged says so."""
-    said = examples.predicted
-    counts = said[:, pair.judged].bincount(minlength=len(names))
-    own = [pair.judged, pair.other]
-    told = {}
-    for c in (counts >= FEWEST).nonzero().flatten().tolist():
-        chosen = said[:, own] == c
-        told[c] = statistics.gap_where(
-            chosen, examples.confidence[:, own], examples.correct[:, own]
-        )
-    ones = torch.ones(len(said), dtype=torch.float64)
-    worst = sorted(told, key=lambda c: -abs(told[c](ones)[0].item()))[:SHOWN]
-    gaps = []
-    for c in worst:
-        sampled = bootstrap.sampled(told[c], len(said))
-        correct = examples.correct[said[:, pair.judged] == c, pair.judged]
-        accuracy, against = correct.double().mean().item(), sampled.estimates[1].item()
-        gaps.append(ClassGap(names[c], int(counts[c]), accuracy, sampled.interval(0), against))
-    return tuple(gaps)
+def _sampled(
+    examples: Examples, found: Mapping[Metric, statistics.Statistic], bootstrap: Bootstrap
+) -> dict[Metric, Sampled]:
+    """Metrics of one data set on its resamples."""
+    return {name: bootstrap.sampled(statistic, len(examples)) for name, statistic in found.items()}
 
 
 class _First:
@@ -277,40 +192,40 @@ class _First:
     def __call__(self, x: Inputs) -> None:
         self.batch = x if self.batch is None else self.batch
 
-    def costs(self, methods: Methods) -> list[tuple[float | None, int]]:
+    def costs(self, methods: Methods, kind: type[Examples]) -> list[tuple[float | None, int]]:
         """See `Findings.costs`."""
         models = [m for m in methods.values() if isinstance(m, Predictor)]
         found: list[tuple[float | None, int]] = []
         for method in methods.values():
             ratio = None
             if models and self.batch is not None and isinstance(method, Predictor):
-                ratio = _forward_ratio(method, models[0], self.batch)
+                ratio = _forward_ratio(kind, method, models[0], self.batch)
             found.append((ratio, method.state_bytes))
         return found
 
 
 @torch.no_grad()
-def _forward_ratio(method: Predictor, plain: Predictor, x: Inputs) -> float:
-    forward, predict = (lambda: plain.network(x)), (lambda: method.predict_proba(x))
+def _forward_ratio(kind: type[Examples], method: Predictor, plain: Predictor, x: Inputs) -> float:
+    forward, predict = (lambda: plain.network(x)), (lambda: kind.prediction(method, x))
     return forward_ratio(predict, forward, repeats=7, device=method._device)
 
 
 def _reported(
-    found: Findings, pair: Pair, classes: tuple[str, ...], risk: float, bootstrap: Bootstrap
+    found: Findings, pair: Pair, classes: tuple[str, ...], risk: float | None, bootstrap: Bootstrap
 ) -> Report:
     table = found.measured(risk, bootstrap)
     rows = tuple(_row(name, i, table, pair, found.costs[i]) for i, name in enumerate(pair.names))
     return Report(
         rows,
         tuple(table),
-        _verdict(rows, tuple(table), pair, bootstrap, len(found.test.labels)),
+        _verdict(rows, tuple(table), pair, bootstrap, len(found.test)),
         risk,
         found.score,
         found.test,
         found.outside,
         found.pictures,
         classes,
-        worst_classes(found.test, pair, classes, bootstrap),
+        found.test.gaps(pair, classes, bootstrap),
     )
 
 

@@ -1,20 +1,31 @@
-"""What several methods say of the examples of a data set: a few numbers each, no probabilities."""
+"""What several methods say of the examples of a data set: a few numbers each.
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+A kind of target is one subclass of `Examples`: what is kept of an example, what is measured and
+how, and which figures and tables there are. `classes`, `labels` and `real` hold them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ella.arguments import one_of
 from ella.batches import Batches, Loader
 from ella.inputs import Inputs
-from ella.likelihoods import Bernoulli, Discrete
 from ella.predictions import Predictive
+from ella.report.bootstrap import Bootstrap, Statistic
+from ella.report.metric import Metric, Pair
+from ella.scores import Uncertainty
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from typing_extensions import Self
+
+    from ella.report.result import Report
+    from ella.report.sections import Section
 
 T = TypeVar("T")
 
@@ -24,101 +35,216 @@ Methods = Mapping[str, Predictive]
 Watch = Callable[[Inputs, "Examples"], None]
 """Called with each batch of inputs and what the methods say of it."""
 
+SCALING = "temperature scaling"
+"""What a method has to beat, if it is there: one number, and no cost."""
+SHOWN = 8
+"""Rows of the table of the worst classes, labels or targets."""
+SHARED = ("labels", "targets")
+"""Columns that are the same for all methods."""
+
 
 @dataclass(frozen=True)
-class Examples:
-    """N labelled examples and m methods.
+class Gap:
+    """What is told of one class, label or target.
 
     Attributes:
-        num_classes: c.
-        labels: Class indices, shape (n,).
-        predicted: The most probable class, shape (n, m).
-        confidence: Its probability, shape (n, m), float64.
-        nll: −log of the label's probability, in nats, shape (n, m), float64.
-        brier: Squared distance of the probabilities to the label, shape (n, m), float64.
-        scores: Uncertainty, shape (n, m), float64.
+        name: Of it.
     """
 
-    num_classes: int
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Examples(ABC):
+    """N labelled examples and m methods; a subclass for each kind of target.
+
+    Attributes:
+        nll: −log of the density or probability of the target, in nats, shape (n, m), float64.
+        scores: Uncertainty, shape (n, m), float64.
+        plural: What outputs are called, as in JSON.
+        opponents: Names of what a method has to beat, the strongest first.
+        own_scores: Scores that this kind has beside those of `Uncertainty`, the default first.
+        risk: The error that selective prediction is to keep if nobody says; None for none.
+        stranger: An input that is out of distribution, in words.
+        strangers: Several of them.
+        remark: What has to be known to read the table.
+    """
+
     nll: Tensor
-    brier: Tensor
     scores: Tensor
+    plural: ClassVar[str]
+    opponents: ClassVar[tuple[str, ...]] = (SCALING,)
+    own_scores: ClassVar[tuple[str, ...]] = ("entropy",)
+    risk: ClassVar[float | None] = 0.01
+    stranger: ClassVar[str] = "an input of no class"
+    strangers: ClassVar[str] = "inputs of no class"
+    remark: ClassVar[str] = ""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.nll)
+
+    # Settings
 
     @classmethod
-    def of(
-        cls, methods: Methods, loader: Loader, score: str, watch: Watch | None, progress: bool
-    ) -> "Examples":
-        """Go through a data set once, with all methods on each batch: it may be shuffled.
-
-        Args:
-            methods: See `Methods`.
-            loader: Labelled data.
-            score: A field of `Uncertainty`.
-            watch: See `Watch`.
-            progress: Whether to show a progress bar.
+    def checked_score(cls, score: str | None) -> str:
+        """The name of a score, or the default.
 
         Raises:
-            TypeError: If a batch has the wrong form.
-            ValueError: If a batch is bad, no label counts, or the outputs are of another kind.
+            ValueError: If there is none of that name.
         """
-        parts = []
-        with _batches(methods, loader).named() as batches:
-            for x, y in _shown(batches.labelled(), progress):
-                part = cls._of_batch(methods, x, y, score)
-                parts.append(part)
-                if watch is not None:
-                    watch(x, part)
-        found = cls.joined(parts)
-        if len(found.labels) == 0:
-            raise ValueError("No label of the data counts: all are ignored.")
+        names = [*cls.own_scores, *(each.name for each in fields(Uncertainty))]
+        found = cls.own_scores[0] if score is None else score
+        one_of(*dict.fromkeys(names))("score", found)
         return found
 
     @classmethod
-    def joined(cls, parts: "Sequence[Examples]") -> "Examples":
-        """All examples."""
-        names = [each.name for each in fields(cls)][1:]
-        columns = [torch.cat([getattr(part, name) for part in parts]) for name in names]
-        return cls(parts[0].num_classes, *columns)
+    def checked_risk(cls, risk: float | None) -> float | None:
+        """The error that selective prediction is to keep, or the default.
 
-    @property
-    def correct(self) -> Tensor:
-        """Whether the most probable class is the label, shape (n, m)."""
-        return self.predicted == self.labels[:, None]
+        Raises:
+            ValueError: If it is out of range.
+        """
+        found = cls.risk if risk is None else risk
+        if found is None or not 0 < found < 1:
+            raise ValueError(f"`risk` must lie between 0 and 1, both excluded; got {risk!r}.")
+        return found
+
+    @abstractmethod
+    def outputs(self) -> int:
+        """How many classes, labels or targets there are."""
+
+    # From methods and data
 
     @classmethod
-    def _of_batch(cls, methods: Methods, x: Inputs, y: Tensor, score: str) -> "Examples":
-        columns: list[tuple[Tensor, ...]] = []
-        for method in methods.values():
-            raw = method.predict_proba(x)
-            probs = _class_probabilities(raw)
-            labels, counted = _checked(method, y, raw)
-            tiny = torch.finfo(raw.dtype).tiny
-            own = probs.gather(1, labels.clamp(0, probs.shape[1] - 1)[:, None]).squeeze(1)
-            confidence, predicted = probs.max(1)
-            brier = probs.square().sum(1) - 2 * own + 1
-            scores = _scores(method, x, raw, score)
-            found = (predicted, confidence.clamp_max(1), -own.clamp_min(tiny).log(), brier, scores)
-            columns.append(tuple(each[counted].cpu() for each in (labels, *found)))
-        stacked = [torch.stack(each, 1) for each in zip(*columns, strict=True)]
-        return cls(probs.shape[1], stacked[0][:, 0], *stacked[1:])
+    @abstractmethod
+    def of_batch(cls, methods: Methods, x: Inputs, y: Tensor, score: str) -> "Examples":
+        """What the methods say of a batch; of another kind if the outputs turn out to be so.
+
+        Raises:
+            TypeError: If the labels have the wrong form.
+            ValueError: If a label is bad, or the outputs are of a form that has no report.
+        """
+
+    @classmethod
+    @abstractmethod
+    def prediction(cls, method: Predictive, x: Inputs) -> object:
+        """All that a prediction is, as its time is measured."""
+
+    @classmethod
+    @abstractmethod
+    def scores_of(cls, method: Predictive, x: Inputs, score: str) -> Tensor:
+        """Uncertainty of a batch, shape (n,), float64."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Self]") -> "Self":
+        """All examples."""
+        found: dict[str, Tensor] = {}
+        for name in cls._columns(parts[0]):
+            found[name] = torch.cat([getattr(part, name) for part in parts])
+        return replace(parts[0], **found)
+
+    def one(self, row: int, method: int) -> "Self":
+        """One example, as one method sees it."""
+        found: dict[str, Tensor] = {}
+        for name, column in self._columns(self).items():
+            here = column[row : row + 1]
+            found[name] = here if name in SHARED else here[..., method : method + 1]
+        return replace(self, **found)
+
+    @staticmethod
+    def _columns(examples: "Examples") -> dict[str, Tensor]:
+        return {name: each for name, each in vars(examples).items() if isinstance(each, Tensor)}
+
+    # What follows
+
+    @abstractmethod
+    def measures(self, risk: float | None) -> dict[Metric, Statistic]:
+        """What is measured on test data; "nll" comes first, as the verdict is by it."""
+
+    @abstractmethod
+    def shifted(self, name: str) -> dict[Metric, Statistic]:
+        """What is measured under a shift of that name."""
+
+    @abstractmethod
+    def gaps(self, pair: Pair, names: Sequence[str], bootstrap: Bootstrap) -> tuple[Gap, ...]:
+        """The classes, labels or targets that the judged method does worst, worst first."""
+
+    @abstractmethod
+    def sections(self, report: "Report") -> "list[Section]":
+        """What a page shows below the table, but for the inputs themselves."""
+
+    @abstractmethod
+    def caption(self, report: "Report") -> tuple[str, str]:
+        """Of one example and one method: a text, to come after "Image", and a caption."""
 
 
-def scores_of(methods: Methods, loader: Loader, score: str, progress: bool) -> Tensor:
-    """Uncertainty of inputs whose labels, if any, are left out, shape (n, m), float64.
+def uncertainty(method: Predictive, x: Inputs, score: str) -> Tensor:
+    """A field of `Uncertainty` of a batch, shape (n,), float64.
+
+    Raises:
+        ValueError: If this method has none.
+    """
+    found: Tensor | None = getattr(method.uncertainty(x), score)
+    if found is None:
+        raise ValueError(
+            f"`score`={score!r} is not known to every method here: "
+            f"{type(method).__name__} has none. Use 'entropy', which all have."
+        )
+    return found.double()
+
+
+def gathered(
+    kind: type[Examples],
+    methods: Methods,
+    loader: Loader,
+    score: str,
+    watch: Watch | None,
+    progress: bool,
+) -> Examples:
+    """Go through a data set once, with all methods on each batch: it may be shuffled.
 
     Args:
+        kind: Of the targets.
+        methods: See `Methods`.
+        loader: Labelled data.
+        score: Which; see `Examples.checked_score`.
+        watch: See `Watch`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        TypeError: If a batch has the wrong form.
+        ValueError: If a batch is bad, no label counts, or the outputs are of another kind.
+    """
+    parts = []
+    with _batches(methods, loader).named() as batches:
+        for x, y in _shown(batches.labelled(), progress):
+            part = kind.of_batch(methods, x, y, score)
+            parts.append(part)
+            if watch is not None:
+                watch(x, part)
+    found = parts[0].joined(parts)
+    if len(found) == 0:
+        raise ValueError("No label of the data counts: all are ignored.")
+    return found
+
+
+def outside(
+    kind: type[Examples], methods: Methods, loader: Loader, score: str, progress: bool
+) -> Tensor:
+    """Scores of inputs whose labels, if any, are left out, shape (n, m), float64.
+
+    Args:
+        kind: Of the targets that others have.
         methods: See `Methods`.
         loader: Inputs.
-        score: A field of `Uncertainty`.
+        score: Which; see `Examples.checked_score`.
         progress: Whether to show a progress bar.
     """
     parts = []
     with _batches(methods, loader).named() as batches:
         for x in _shown(batches.inputs(), progress):
-            of_each = (_scores(m, x, m.predict_proba(x), score) for m in methods.values())
+            of_each = (kind.scores_of(m, x, score) for m in methods.values())
             parts.append(torch.stack([each.cpu() for each in of_each], 1))
     return torch.cat(parts)
 
@@ -130,44 +256,3 @@ def _batches(methods: Methods, loader: Loader) -> Batches:
 def _shown(items: Iterable[T], progress: bool) -> Iterable[T]:
     bar: Iterable[T] = tqdm(items, desc="report", disable=not progress, leave=False)
     return bar
-
-
-def _class_probabilities(raw: Tensor) -> Tensor:
-    """Shape (n, c) in float64, also of the one probability of a `Bernoulli`."""
-    wide = raw.double()
-    return torch.cat([1 - wide, wide], 1) if wide.shape[1] == 1 else wide
-
-
-def _checked(method: Predictive, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Class indices, and which of them count."""
-    likelihood = method.likelihood
-    if isinstance(likelihood, Bernoulli) and raw.shape[1] > 1:
-        raise ValueError(
-            f"The report is for one class an example; {raw.shape[1]} labels of a Bernoulli are "
-            f"{raw.shape[1]} questions. Use ella.metrics.binary_negative_log_likelihood."
-        )
-    if raw.ndim != 2:
-        raise ValueError(
-            f"The report is for one prediction an example; the model has outputs for every "
-            f"position, {tuple(raw.shape)}. Use ella.metrics on predict_proba."
-        )
-    labels = likelihood.check(y, raw.shape[1])
-    weights = likelihood.weights(labels)
-    counted = torch.ones(len(y), dtype=torch.bool) if weights is None else weights > 0
-    return labels.reshape(len(y)).long(), counted.to(labels.device)
-
-
-def _scores(method: Predictive, x: Inputs, raw: Tensor, score: str) -> Tensor:
-    likelihood = method.likelihood
-    # These two are known from the probabilities: no second prediction.
-    if isinstance(likelihood, Discrete) and score == "entropy":
-        return likelihood.entropy(raw).double()
-    if isinstance(likelihood, Discrete) and score == "confidence_deficit":
-        return 1 - likelihood.confidence(raw).double()
-    found: Tensor | None = getattr(method.uncertainty(x), score)
-    if found is None:
-        raise ValueError(
-            f"`score`={score!r} is not known to every method here: "
-            f"{type(method).__name__} has none. Use 'entropy', which all have."
-        )
-    return found.double()

@@ -4,14 +4,14 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ella.metrics._extras import imported
 from ella.metrics.reliability import draw_reliability
-from ella.report.hardest import Picture, scaled
+from ella.report.hardest import scaled
 from ella.report.statistics import kept_at
 
 if TYPE_CHECKING:
@@ -25,19 +25,62 @@ POINTS = 400
 """Of a curve."""
 
 
-def reliability(confidence: Tensor, correct: Tensor) -> str:
-    """Accuracy against confidence of one method, (n,) each, as an image's address."""
+def reliability(
+    confidence: Tensor, correct: Tensor, names: tuple[str, str] = ("confidence", "accuracy")
+) -> str:
+    """Accuracy against confidence of one method, (n,) each, as an image's address.
+
+    Args:
+        confidence: Or any probability.
+        correct: Whether it happened.
+        names: What the two are called.
+    """
     figure = new_figure(3.2, 3.2)
     panel = figure.subplots()
     draw_reliability(panel, confidence, correct.long())
-    panel.set_xlabel("confidence")
-    panel.set_ylabel("accuracy")
-    panel.legend(loc="upper left", fontsize=8, frameon=False)
+    panel.set_xlabel(names[0])
+    panel.set_ylabel(names[1])
+    handles = panel.get_legend_handles_labels()[0]
+    labels = [names[1], f"gap to {names[0]}"]
+    panel.legend(handles, labels, loc="upper left", fontsize=8, frameon=False)
     return svg(figure)
 
 
-def risk_coverage_curves(risks: Mapping[str, Tensor], risk: float) -> str:
-    """Error rates of the 1, 2, ..., n surest examples of each method, as an image's address."""
+def quantile_curves(levels: Tensor, shares: Mapping[str, Tensor]) -> str:
+    """Shares of targets below predicted quantiles, as an image's address.
+
+    Args:
+        levels: Of the quantiles, shape (q,).
+        shares: Of each method, shape (q,).
+    """
+    figure = new_figure(4.2, 3.8)
+    panel = figure.subplots()
+    panel.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle=":")
+    for i, (name, each) in enumerate(shares.items()):
+        line, color = DASHES[i % len(DASHES)], COLORS[i % len(COLORS)]
+        panel.plot(levels.numpy(), each.numpy(), line, color=color, label=name)
+    panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    panel.set_xlabel("predicted probability of a lower target")
+    panel.set_ylabel("share of targets that are lower")
+    panel.legend(fontsize=8, frameon=False, loc="upper left")
+    _plain(panel)
+    return svg(figure)
+
+
+def risk_coverage_curves(
+    risks: Mapping[str, Tensor],
+    risk: float | None,
+    ylabel: str = "error rate among them",
+    legend: Literal["upper left", "lower right"] = "upper left",
+) -> str:
+    """Error rates of the 1, 2, ..., n surest examples of each method, as an image's address.
+
+    Args:
+        risks: By method.
+        risk: The one that is allowed, if one is chosen.
+        ylabel: What the rates are.
+        legend: Where the legend is.
+    """
     figure = new_figure(4.8, 3.4)
     panel = figure.subplots()
     top = max(each[len(each) // 10 :].max().item() for each in risks.values())
@@ -47,20 +90,37 @@ def risk_coverage_curves(risks: Mapping[str, Tensor], risk: float) -> str:
         shown = torch.linspace(0, len(each) - 1, min(POINTS, len(each))).long()
         line = DASHES[i % len(DASHES)]
         panel.plot(coverage[shown].numpy(), each[shown].numpy(), line, color=color, label=name)
-        if kept := kept_at(each, risk):
-            panel.plot([kept], [risk], "o", color=color, markersize=5)
-    panel.axhline(risk, color="0.5", linewidth=1, linestyle=":")
-    panel.set(xlim=(0, 1), ylim=(0, 1.1 * max(top, risk)))
+        if risk is not None and (kept := kept_at(each, risk)):
+            panel.plot([kept], [risk], "o", color=color, markersize=5, clip_on=False)
+    if risk is not None:
+        panel.axhline(risk, color="0.5", linewidth=1, linestyle=":")
+    panel.set(xlim=(0, 1), ylim=(0, 1.1 * max(top, risk or 0.0)))
     panel.set_xlabel("coverage: share of examples that are answered")
-    panel.set_ylabel("error rate among them")
-    panel.legend(fontsize=8, frameon=False, loc="upper left")
+    panel.set_ylabel(ylabel)
+    panel.legend(fontsize=8, frameon=False, loc=legend)
     _plain(panel)
     return svg(figure)
 
 
-def score_histogram(scores: Mapping[str, Tensor], name: str) -> str:
-    """Scores of one method on several data sets, as an image's address."""
-    return svg(uncertainty_histograms({"": scores}, xlabel=name, size=(3.1, 2.6)))
+def score_histogram(scores: Mapping[str, Tensor], name: str, edges: Tensor | None = None) -> str:
+    """Scores of one method on several data sets, as an image's address.
+
+    Args:
+        scores: By data set.
+        name: Of the score.
+        edges: Of the bins; the last one also holds what is higher. None takes the range.
+    """
+    size = (3.1, 2.6)
+    if edges is None:
+        return svg(uncertainty_histograms({"": scores}, xlabel=name, size=size))
+    figure = new_figure(*size)
+    panel = _plain(figure.subplots())
+    held = {label: each.clamp_max(edges[-1]) for label, each in scores.items()}
+    draw_histograms(panel, held, edges)
+    panel.set_ylabel("share of examples")
+    panel.legend(frameon=False, fontsize=8)
+    figure.supxlabel(name, fontsize=10)
+    return svg(figure)
 
 
 def uncertainty_histograms(
@@ -124,16 +184,16 @@ def shared_edges(scores: Sequence[Tensor], bins: int) -> Tensor:
     return torch.linspace(low, max(high, low + 1e-6), bins + 1, dtype=torch.float64)
 
 
-def picture(shown: Picture) -> str:
-    """One input, as an image's address."""
-    if shown.values.ndim == 3:
-        buffer, image = io.BytesIO(), scaled(shown.values)
+def picture(values: Tensor) -> str:
+    """An image (1|3, h, w) or a signal (length,), as an image's address."""
+    if values.ndim == 3:
+        buffer, image = io.BytesIO(), scaled(values)
         pixels = image.expand(*image.shape[:2], 3).numpy()
         imported("matplotlib.image").imsave(buffer, pixels, format="png")
         return _address("image/png", buffer.getvalue())
     figure = new_figure(1.6, 1.0)
     panel = figure.subplots()
-    panel.plot(shown.values.numpy(), color=COLORS[0], linewidth=1.2)
+    panel.plot(values.numpy(), color=COLORS[0], linewidth=1.2)
     panel.set_axis_off()
     return svg(figure)
 

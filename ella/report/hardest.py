@@ -8,23 +8,19 @@ from ella.inputs import Inputs
 from ella.report.examples import Examples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """One input.
 
     Attributes:
         values: An image (1|3, h, w) or a signal (length,).
-        label: Its class.
-        predicted: The most probable one.
-        confidence: Its probability.
         score: How uncertain the method is.
+        example: What is expected of it and what the method says: one example, one method.
     """
 
     values: Tensor
-    label: int
-    predicted: int
-    confidence: float
     score: float
+    example: Examples
 
 
 @dataclass
@@ -43,18 +39,13 @@ class Hardest:
     def __call__(self, x: Inputs, examples: Examples) -> None:
         """See `Watch`; labels that do not count leave no picture."""
         shown = visible(x)
-        if shown is None or len(shown) != len(examples.labels):
+        if shown is None or len(shown) != len(examples):
             return
         scores = examples.scores[:, self.method]
         for row in scores.topk(min(self.count, len(scores))).indices.tolist():
-            picture = Picture(
-                shown[row].detach().float().cpu().clone(),
-                int(examples.labels[row]),
-                int(examples.predicted[row, self.method]),
-                examples.confidence[row, self.method].item(),
-                scores[row].item(),
-            )
-            self.pictures.append(picture)
+            values = shown[row].detach().float().cpu().clone()
+            example = examples.one(row, self.method)
+            self.pictures.append(Picture(values, scores[row].item(), example))
         self.pictures.sort(key=lambda picture: -picture.score)
         del self.pictures[self.count :]
 

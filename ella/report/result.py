@@ -9,41 +9,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ella.report.bootstrap import Interval
-from ella.report.examples import Examples
+from ella.report.examples import Examples, Gap
 from ella.report.hardest import Picture
+from ella.report.metric import Metric
 
 if TYPE_CHECKING:
     import os
 
 NO_DIFFERENCE = "no difference that these data can show"
 MARKS = {1: " ▲", -1: " ▼", 0: ""}
-FEWEST = 20
-"""Predictions of a class from which its gap is told."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the table.
-
-    Attributes:
-        key: Its name in `Row.metrics` and in JSON.
-        title: Its heading.
-        lower: Whether less is better.
-        digits: After the decimal point.
-    """
-
-    key: str
-    title: str
-    lower: bool
-    digits: int = 4
-
-    def better(self, difference: Interval) -> int:
-        """1 if a paired difference says that the method is better, −1 if worse, 0 if neither."""
-        return -difference.side if self.lower else difference.side
-
-    def written(self, value: float, sign: bool = False) -> str:
-        """A value in as many digits as it has."""
-        return f"{value:{'+' if sign else ''}.{self.digits}f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -127,25 +101,6 @@ class Verdict:
         return f"Beside the NLL it is {'; '.join(parts)}."
 
 
-@dataclass(frozen=True)
-class ClassGap:
-    """How far confidence is from accuracy where a method says that it is a class.
-
-    Attributes:
-        name: Of the class.
-        count: Test examples of which it says so.
-        accuracy: Share of them that are.
-        gap: Mean confidence less accuracy: above 0 it is over-confident.
-        against: The same of the method compared with, where that one says so.
-    """
-
-    name: str
-    count: int
-    accuracy: float
-    gap: Interval
-    against: float
-
-
 @dataclass(frozen=True, eq=False)
 class Report:
     """What `evaluate` found.
@@ -154,31 +109,36 @@ class Report:
         rows: One for each method, in the order given.
         metrics: What the rows hold, in the order of the table.
         verdict: On one method.
-        risk: The error rate that selective prediction is to keep.
+        risk: The error that selective prediction is to keep, if one is chosen.
         score: The uncertainty score.
-        examples: What the methods say of the test data.
+        examples: What the methods say of the test data; its class is the kind of target.
         outside: Scores out of distribution, shape (n', m), by the name of the source.
         pictures: The test inputs of which the judged method is least certain, if they can be
             shown.
-        classes: Names of the classes.
-        gaps: The worst calibrated of them, worst first.
+        classes: Names of the classes, labels or targets.
+        gaps: Those that the judged method does worst, worst first.
     """
 
     rows: tuple[Row, ...]
     metrics: tuple[Metric, ...]
     verdict: Verdict
-    risk: float
+    risk: float | None
     score: str
     examples: Examples
     outside: Mapping[str, Tensor]
     pictures: tuple[Picture, ...]
     classes: tuple[str, ...]
-    gaps: tuple[ClassGap, ...]
+    gaps: tuple[Gap, ...]
 
     @property
     def methods(self) -> list[str]:
         """Their names, in order."""
         return [row.method for row in self.rows]
+
+    @property
+    def score_name(self) -> str:
+        """The score in words."""
+        return self.score.replace("_", " ")
 
     def column(self, method: str) -> int:
         """The place of a method in the columns of `examples` and `outside`."""
@@ -219,7 +179,7 @@ class Report:
             "score": self.score,
             "metrics": [asdict(metric) for metric in self.metrics],
             "rows": [asdict(row) for row in self.rows],
-            "classes": [asdict(gap) for gap in self.gaps],
+            self.examples.plural: [asdict(gap) for gap in self.gaps],
         }
         return json.dumps(found, indent=2, allow_nan=False, ensure_ascii=False)
 

@@ -7,9 +7,11 @@ from ella.batches import Loader, Split
 from ella.distance import Distance
 from ella.eigenfunctions import EigenfunctionMethod
 from ella.estimator import ELLA
-from ella.likelihoods import Likelihood
+from ella.likelihoods import Likelihood, Normal, as_likelihood
 from ella.outputs import Output
 from ella.predictor import Predictor
+from ella.report.examples import SCALING
+from ella.report.real import TUNED
 
 
 def standard_methods(
@@ -25,10 +27,10 @@ def standard_methods(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Predictor]:
-    """Fit and calibrate MAP, temperature scaling and ELLA.
+    """Fit and calibrate MAP, temperature scaling (for real targets the noise alone) and ELLA.
 
     Args:
-        model: Trained classifier; it stays as it is.
+        model: Trained classifier or regressor; it stays as it is.
         train_loader: See `ELLA.fit`.
         val_loader: See `ELLA.calibrate`: data that the model was not trained on.
         eigenfunctions: See `ELLA`.
@@ -40,11 +42,13 @@ def standard_methods(
         progress: Whether to show progress bars.
 
     Returns:
-        The methods by name, as `evaluate` takes them. Errors are those of `fit` and `calibrate`.
+        The methods by name, as `evaluate` takes them. For real targets the second, σ² tuned, is
+        "MAP, noise tuned". Errors are those of `fit` and `calibrate`.
     """
+    scaling = TUNED if isinstance(as_likelihood(likelihood), Normal) else SCALING
     methods: dict[str, Predictor] = {
         name: kind(model, likelihood=likelihood, output=output, split=split)
-        for name, kind in (("MAP", MAP), ("temperature scaling", TemperatureScaling))
+        for name, kind in (("MAP", MAP), (scaling, TemperatureScaling))
     }
     terms = {"ELLA": None} if distance is None else {"ELLA": None, "ELLA with distance": distance}
     for name, term in terms.items():
