@@ -32,6 +32,7 @@ from ella.spectral import (
     rayleigh_ritz,
     train,
 )
+from ella.spectral.train import _warm_cosine as warm_cosine
 
 N, C, R, K = 9, 2, 7, 4
 OBJECTIVES = [NestedLoRA(), NestedLoRA(nested=False), NeuralEFObjective(), TraceObjective()]
@@ -509,6 +510,61 @@ def test_training_stops_without_progress(generator):
 def test_training_that_diverges_says_so(generator):
     with pytest.raises(ValueError, match=r"never finite. Lower `learning_rate`"):
         short_run(generator, learning_rate=1e30)
+
+
+class Steep:
+    """A loss whose gradient in its one weight is 50, and whose held-out value is the weight."""
+
+    def __init__(self):
+        self.weights = []
+
+    def batch(self, size, generator):
+        return None
+
+    def __call__(self, network, batch):
+        self.weights.append(network.weight.item())
+        return 50 * network.weight.sum()
+
+    def held_out(self, network):
+        return network.weight.item()
+
+
+def steps_of(generator, **settings):
+    """How far each step of AdamW went, over the learning rate: with one gradient, the schedule."""
+    loss, network = Steep(), nn.Linear(1, 1, bias=False)
+    chosen = Training(**{"learning_rate": 1e-3, "weight_decay": 0, "checks": 1, **settings})
+    train(network, loss, chosen, generator=generator, progress=False)
+    return -torch.tensor([*loss.weights, network.weight.item()]).double().diff() / 1e-3
+
+
+def test_the_schedule_rises_for_a_share_of_the_steps_and_falls_to_zero(generator):
+    found = steps_of(generator, steps=20, warmup=0.3)
+    rise = [(i + 1) / 6 for i in range(6)]
+    fall = [0.5 * (1 + math.cos(math.pi * i / 14)) for i in range(14)]
+    torch.testing.assert_close(found, torch.tensor([*rise, *fall]).double(), rtol=0, atol=1e-3)
+
+
+def test_by_default_the_schedule_is_that_of_version_0_1(generator):
+    for steps in (1, 19, 20, 60, 100, 1500, 99_999, 2_000_000):
+        warm = max(1, steps // 20)
+        assert warm_cosine(warm - 1, steps, Training().warmup) == 1
+        assert warm == 1 or warm_cosine(warm - 2, steps, Training().warmup) < 1
+        assert steps == warm or warm_cosine(warm, steps, Training().warmup) == 1
+
+
+def test_gradients_are_shortened_to_the_clip(generator):
+    # AdamW's ε is small against 50 and large against 1e-9.
+    whole, short = (steps_of(generator, steps=4, clip=clip) for clip in (1e3, 1e-9))
+    assert whole.max() == pytest.approx(1, abs=1e-3)
+    assert short.max() == pytest.approx(1e-9 / (1e-9 + 1e-8), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("warmup", -0.1), ("warmup", 1.0), ("clip", 0.0), ("clip", math.nan)]
+)
+def test_settings_of_the_training_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
+        Training(**{name: value})
 
 
 class Unknown:

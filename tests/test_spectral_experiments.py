@@ -103,6 +103,21 @@ def test_laplacian_eigenmaps_solve_the_generalised_problem(load):
     assert (values.diff() > -1e-6).all()
 
 
+def test_walks_are_powers_of_the_matrix_with_loops(load):
+    graph = load("graph")
+    edges = torch.tensor([[0, 1, 1], [1, 2, 1]])  # a path, a loop, and a node without edges
+    data = graph.Citations(
+        torch.eye(4).to_sparse(), torch.arange(4), edges, *[torch.arange(1)] * 3
+    )
+    adjacency = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    degree = adjacency.sum(1)
+    step = adjacency / (degree[:, None] * degree).sqrt()
+    nodes = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for steps in (0, 1, 2):
+        expected = torch.linalg.matrix_power(step, steps) @ nodes
+        torch.testing.assert_close(graph.walked(nodes, data, steps), expected)
+
+
 def test_average_precision_is_the_mean_over_queries(load):
     from sklearn.metrics import average_precision_score
 
@@ -237,6 +252,11 @@ def test_smoke(load, name, tmp_path):
     assert {row["method"] for row in results["rows"]}
     assert results["settings"]["headline"]["seconds"] >= 0
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_gallery_fills_the_lowest_column(load):
+    heights = {"a": 1.0, "b": 5.0, "c": 3.0, "d": 2.5, "e": 2.0}
+    assert load("gallery").columns(heights, 2) == [["b", "e"], ["c", "d", "a"]]
 
 
 def test_smoke_segmentation(load, tmp_path):

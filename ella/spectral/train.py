@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ella.arguments import COUNT, NOT_NEGATIVE, POSITIVE, settle
+from ella.arguments import COUNT, NOT_NEGATIVE, POSITIVE, real, settle
 from ella.spectral.losses import Loss
 from ella.spectral.problems import Batch
 
@@ -20,11 +20,14 @@ class Training:
     Attributes:
         steps: Gradient steps.
         batch_size: Examples a step.
-        learning_rate: Peak of the cosine schedule (5 % linear warm-up).
+        learning_rate: Peak of the cosine schedule, which falls to 0 after a linear warm-up.
         weight_decay: AdamW's.
         checks: How often, over the whole run, the held-out loss is measured; the best weights are
             kept, and training stops after `patience` checks without a better one.
         patience: See `checks`.
+        warmup: Share of the steps that the warm-up takes, at most .99; at least one step.
+        clip: Longest gradient, over all weights, that a step follows; longer ones are shortened to
+            it. The default stops explosions only.
 
     Raises:
         ValueError: If a number is out of range.
@@ -36,10 +39,13 @@ class Training:
     weight_decay: float = 1e-2
     checks: int = 20
     patience: int = 8
+    warmup: float = 0.05
+    clip: float = 1e3
 
     def __post_init__(self) -> None:
         settle(self, **dict.fromkeys(("steps", "batch_size", "checks", "patience"), COUNT))
         settle(self, learning_rate=POSITIVE, weight_decay=NOT_NEGATIVE)
+        settle(self, warmup=real(0, 0.99), clip=POSITIVE)
 
 
 def train(
@@ -81,7 +87,7 @@ def train(
                 scalar = loss(network, loss.batch(training.batch_size, generator))
             optimizer.zero_grad()
             scalar.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1e3)
+            nn.utils.clip_grad_norm_(network.parameters(), training.clip)
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == training.steps:
@@ -100,7 +106,7 @@ def _optimizer(
         network.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warm_cosine(step, training.steps)
+        optimizer, lambda step: _warm_cosine(step, training.steps, training.warmup)
     )
     return optimizer, schedule
 
@@ -141,8 +147,9 @@ class _Best:
         self.network.eval()
 
 
-def _warm_cosine(step: int, steps: int) -> float:
-    warm = max(1, steps // 20)
+def _warm_cosine(step: int, steps: int, share: float) -> float:
+    """The factor of the learning rate at a step; `share` of all steps are warm-up."""
+    warm = max(1, math.floor(share * steps + 1e-6))  # 0.05 · 60 may come as 2.9999...
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
