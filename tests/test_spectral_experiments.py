@@ -176,11 +176,55 @@ def test_whitened_functions_are_orthonormal(load):
     torch.testing.assert_close(second, torch.eye(4), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("nodes", [11, 21])
+def test_windows_are_exact_for_straight_lines(load, nodes):
+    mean, slope = load("neural_operator").window(nodes, 0.1)
+    axis = torch.linspace(0, 1, nodes)
+    line = 3 * axis + 2
+    torch.testing.assert_close(mean @ torch.ones(nodes), torch.ones(nodes))
+    torch.testing.assert_close(slope @ line, torch.full((nodes,), 3.0), rtol=0, atol=1e-4)
+    inner = slice(nodes // 2, nodes // 2 + 1)  # far from the edges, where windows are even
+    torch.testing.assert_close((mean @ line)[inner], line[inner], rtol=0, atol=1e-4)
+
+
+def test_stencils_see_the_same_on_every_grid(load):
+    stencil = load("neural_operator").Stencil(2, 0.1)
+
+    def seen(nodes):
+        axis = torch.linspace(0, 1, nodes)
+        first, second = torch.meshgrid(axis, axis, indexing="ij")
+        f = torch.stack([(3 * first).sin() * second, first * (2 * second).cos()], 2)
+        step = (nodes - 1) // 20
+        found = stencil(f.flatten(0, 1).unsqueeze(0)).view(nodes, nodes, 2)
+        return found[::step, ::step].detach()
+
+    coarse, fine, finest = (seen(nodes) for nodes in (21, 41, 81))
+    assert (fine - finest).abs().max() < 0.01 * finest.std()
+    assert (coarse - finest).abs().max() < 0.05 * finest.std()
+
+
+def test_differences_are_those_of_neighbours(load):
+    square = torch.arange(9.0).view(3, 3).square()
+    found = load("neural_operator").differences(square.flatten().view(1, 9, 1))[0]
+    expected = [square[1:] - square[:-1], square[:, 1:] - square[:, :-1]]
+    assert torch.equal(found, torch.cat([each.flatten() for each in expected]))
+
+
+def test_solutions_are_zero_on_the_boundary_and_have_the_targets_scale(load):
+    targets = 3 + 2 * torch.randn(5, 16, 1, generator=torch.Generator().manual_seed(0))
+    solution = load("neural_operator").Solution(lambda inputs: torch.ones(2, 25, 1), targets)
+    found = solution(torch.zeros(2, 3, 5, 5)).view(2, 5, 5)
+    torch.testing.assert_close(
+        found[:, 1:-1, 1:-1], (targets.mean() + targets.std()).expand(2, 3, 3)
+    )
+    assert (found != 0).sum() == 2 * 3 * 3  # the rest is the boundary
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_fourier_operator_can_be_stored_and_trained(load):
     pytest.importorskip("neuralop")
     script = load("neural_operator")
-    network = script.make(script.PEER, 0)
+    network = script.make(script.PEER, 0, torch.randn(4, 4, 1))
     stored = {name: value.clone() for name, value in network.state_dict().items()}
     inputs = torch.randn(2, 3, 22, 22, generator=torch.Generator().manual_seed(0))
     before = network(inputs)
@@ -190,8 +234,9 @@ def test_the_fourier_operator_can_be_stored_and_trained(load):
     assert not torch.equal(network(inputs), before)
     network.load_state_dict(stored)
     torch.testing.assert_close(network(inputs), before)
-    ours = script._num_parameters(script.make(script.OURS, 0))
-    assert script._num_parameters(network) == pytest.approx(ours, rel=0.25)
+    ours = script.make(script.OURS, 0, torch.randn(4, 4, 1))
+    number = script._num_parameters(ours)
+    assert script._num_parameters(network) == pytest.approx(number, rel=0.25)
 
 
 @pytest.mark.parametrize("nodes", [40, 80])
